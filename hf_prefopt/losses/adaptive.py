@@ -1,9 +1,9 @@
 """Losses that compare each pair's margin with the margins of earlier batches: β-DPO and α-DPO.
 
-Both losses keep exponential moving averages of the mean μ and the standard deviation σ of the margins in the global
-batch, as the authors' code does. The momentum is 0.9, and both averages start at 0. Each training batch updates the
-averages before its loss is computed; evaluation does not change them. σ is the sample standard deviation (with the
-divisor B − 1), and 0 for a single pair.
+Both losses keep two exponential moving averages, μ and σ, as the authors' code does. μ averages the mean margin of each
+global batch, and σ the standard deviation of its margins. The momentum is 0.9, and both averages start at 0. Each
+training batch updates the averages before its loss is computed; evaluation does not change them. The standard deviation
+of a batch of B pairs has the divisor B − 1, and is 0 for a single pair.
 """
 
 import torch
@@ -24,18 +24,19 @@ from hf_prefopt.losses.simpo import target_margin
 
 State = dict[str, Tensor]
 MOMENTUM = 0.9
-# A smaller σ means that all margins are equal, as before the first step, when the policy is the reference.
+# Smaller values of σ are raised to this value. They occur if all margins are equal, as before the first step, when the
+# policy equals the reference.
 SMALLEST_STD = 1e-8
 SMALLEST_BETA = 1e-3
 
 
 def _spread(margins: Tensor) -> Tensor:
-    """Return σ, the sample standard deviation of the margins; 0 for a single margin."""
+    """Return the sample standard deviation of the margins; 0 for a single margin."""
     return (margins - margins.mean()).square().sum().div(max(1, len(margins) - 1)).sqrt()
 
 
 def _moved(state: State, margins: Tensor) -> State:
-    """Return μ and σ, updated with the margins of a batch, and the number of batches so far."""
+    """Return the state after one more batch: μ and σ updated with its margins, and the number of batches so far."""
     return {
         "mean": MOMENTUM * state["mean"] + (1 - MOMENTUM) * margins.mean(),
         "std": MOMENTUM * state["std"] + (1 - MOMENTUM) * _spread(margins),
@@ -44,7 +45,7 @@ def _moved(state: State, margins: Tensor) -> State:
 
 
 def _alone(margins: Tensor) -> State:
-    """Return μ and σ of a single batch."""
+    """Return the mean and the standard deviation of this batch's margins, to be used as μ and σ without a state."""
     return {"mean": margins.mean(), "std": _spread(margins), "batches": torch.zeros_like(margins[0])}
 
 
@@ -81,25 +82,31 @@ def beta_dpo_loss(
 ) -> LossOutput:
     """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(h̄_kept − μ))): β adapts to the batch.
 
-    β-DPO increases β for batches with large margins, because such pairs are less informative, and leaves out outliers.
-    Of B pairs, β-DPO keeps int(B(1 − ρ)), and at least one. The kept pairs are drawn without replacement, with weights
-    exp(−½((h − μ)/σ)²), where μ and σ are the moving averages. h̄_kept is the mean h of the kept pairs. The loss of a
-    kept pair is its ℓ times B divided by the number of kept pairs; the loss of every other pair is 0. The mean over the
-    batch is therefore the mean over the kept pairs. The implicit reward of every pair is βr. The draw depends only on
-    the number of batches so far and on the pairs' positions in their dataset, so it is the same on every rank, for
-    every batch split, and after resuming. Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the
-    mean h of the evaluated batch, and μ from training.
+    Here, h = r_w − r_l is a pair's margin, r a response's log-ratio of policy to reference, and ℓ(z) = log(1 + e^(−z)).
+    μ is the moving average of the margins' mean, and σ that of their standard deviation. sg stops the gradient.
+
+    β-DPO increases β for batches with large margins, because such pairs are less informative. It also leaves out
+    outliers: of B pairs, it keeps int(B(1 − ρ)), and at least one. The kept pairs are drawn without replacement, with
+    weights exp(−½((h − μ)/σ)²). h̄_kept is the mean h of the kept pairs. The loss of a kept pair is ℓ(β_b h) times B,
+    divided by the number of kept pairs; the loss of every other pair is 0. The mean over the batch is therefore the
+    mean over the kept pairs. The implicit reward of every response is βr.
+
+    The draw depends only on the number of batches so far and on the pairs' positions in their dataset. It is therefore
+    the same on every rank, for every batch split, and after resuming. Evaluation keeps all pairs, so that metrics cover
+    all rows. β_b then uses the mean h of the evaluated batch, and μ from training.
 
     Use it on data of mixed quality, with batches of 32 pairs or more, so that the mean and the standard deviation are
     meaningful.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
-            the global batch.
-        rows, pair_in_row: `[B]` int64, the pair's row in its dataset and its index among that row's pairs.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats) of the B pairs in the global batch.
+        rows, pair_in_row: `[B]` int64. The index of the pair's row in its dataset, and the pair's index among the pairs
+            of that row.
         beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the fraction of pairs left out.
-        state: μ (`mean`), σ (`std`) and `batches`; `None` uses the statistics of this batch alone.
-        training: False keeps all pairs.
+        state: μ (`mean`), σ (`std`) and the number of batches so far (`batches`). If it is `None`, the mean and the
+            standard deviation of this batch replace μ and σ.
+        training: if False, all pairs are kept.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -121,10 +128,11 @@ def beta_dpo_loss(
 
 
 def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
-    """Return `[B]` bool, True for `count` examples, drawn one after the other without replacement.
+    """Draw `count` examples without replacement, and return `[B]` bool, True for the drawn examples.
 
-    The draw uses the given weights: it adds Gumbel noise to the log-weights and takes the largest sums (Efraimidis and
-    Spirakis 2006).
+    The probabilities are proportional to the exponentials of `log_weights`. The draw adds Gumbel noise to the
+    log-weights and takes the largest sums (Efraimidis and Spirakis 2006). `keys` are integers `[B]` or scalars that
+    determine the noise.
     """
     noise = -(-_uniform(keys).to(log_weights.dtype).log()).log()
     chosen = (log_weights + noise).topk(count).indices
@@ -132,10 +140,11 @@ def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
-    """Return `[B]` fp32 in (0, 1): a hash of the integer keys, mixed as in SplitMix64 (Steele et al. 2014).
+    """Return pseudo-random numbers in (0, 1), `[B]` fp32, which are hashes of the integer keys.
 
-    The hash runs on the device and needs no generator state, which would have to be synchronized across ranks. The
-    result uses 23 of the 64 bits, because 23 bits plus one half are exact in fp32 and never reach 1.
+    The hash is that of SplitMix64 (Steele et al. 2014). It runs on the keys' device, and needs no random generator,
+    whose state would have to be the same on all ranks. The result uses 23 of the hash's 64 bits: such an integer plus ½
+    is exact in fp32, and divided by 2²³ it is below 1.
     """
     mixed = torch.zeros_like(keys[-1])
     for key in keys:
@@ -147,7 +156,7 @@ def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shifted(values: Tensor, places: int) -> Tensor:
-    """Return the logical right shift: zeros enter from the left, as for unsigned numbers."""
+    """Shift to the right and fill with zeros from the left, as for unsigned integers."""
     return (values >> places) & ((1 << (64 - places)) - 1)
 
 
@@ -187,17 +196,23 @@ def alpha_dpo_loss(
 ) -> LossOutput:
     """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin for each pair.
 
-    α-DPO gives a larger target to pairs whose margin over the reference is larger than that of other pairs. μ and σ are
-    moving averages over r̄_w − r̄_l. Set the margin either as γ or as γ/β (default 0.4). The paper uses α = 0.05 for
-    Gemma-2 and Mistral; the default is 0.2. The implicit reward is β·s̄, and the component `target` is γ/β + αz.
+    Here, s̄ is a response's mean log-prob per token under the policy, r̄ its log-ratio to the reference per token, and
+    ℓ(x) = log(1 + e^(−x)). In each batch, r̄_w − r̄_l has a mean and a standard deviation over the pairs. μ is the
+    moving average of the means, and σ that of the standard deviations. sg stops the gradient.
+
+    α-DPO gives a larger target margin to pairs whose r̄_w − r̄_l is larger than in other pairs. Set the part of the
+    margin that all pairs share either as γ or as γ/β (default 0.4). The paper uses α = 0.05 for Gemma-2 and Mistral;
+    the default is 0.2. The implicit reward is β·s̄, and the component `target` is γ/β + αz.
 
     Use it where SimPO works, a reference model is available, and the pairs differ widely in difficulty.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
-            the global batch; lengths: `[B]`, tokens.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats) of the B pairs in the global batch.
+        chosen_lengths, rejected_lengths: `[B]`. Numbers of scored tokens.
         beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token. alpha: ≥ 0, nats per token.
-        state: μ (`mean`) and σ (`std`); `None` uses the statistics of this batch alone.
+        state: μ (`mean`) and σ (`std`). If it is `None`, the mean and the standard deviation of this batch replace
+            them.
 
     Raises:
         ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.

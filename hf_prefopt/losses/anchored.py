@@ -1,7 +1,8 @@
-"""Pair losses that anchor each response separately: functions of r_w and r_l, not only of their difference.
+"""Pair losses that depend on r_w and r_l separately, not only on their difference.
 
-r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats). All these losses need a reference.
-Every implicit reward here is βr.
+r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats); r_w is that of the chosen
+response, and r_l that of the rejected one. ℓ(z) = −log σ(z). All these losses need a reference. Every implicit reward
+here is βr.
 """
 
 import torch
@@ -16,13 +17,15 @@ from hf_prefopt.losses.registry import register_loss
 def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tensor:
     """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): classifies the chosen response as data, and both responses as noise.
 
-    Noise contrastive alignment for two responses whose rewards are far apart. Beyond σ(βr_w) = 2/3 the loss grows again
-    with r_w, so the likelihood of the chosen response stays bounded.
+    Noise contrastive alignment for two responses whose rewards are far apart. r_w and r_l are the log-ratios
+    log(π/π_ref) of the chosen and the rejected response, and ℓ(z) = −log σ(z). If r_w grows so far that σ(βr_w) > 2/3,
+    the loss grows again, so the likelihood of the chosen response stays bounded.
 
     Use it if DPO lowers the likelihood of the chosen responses.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
         beta: > 0.
 
     Raises:
@@ -37,8 +40,9 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tenso
 def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.001) -> Tensor:
     """(r_w − 1/(2β))² + (r_l + 1/(2β))²: moves each log-ratio toward its own target.
 
-    Self-play preference optimization, eq. 4.7 with win rates of 1 and 0; β is the paper's 1/η. The targets are implicit
-    rewards of ½ and −½; beyond them the loss grows again.
+    Self-play preference optimization, eq. 4.7 with a win rate of 1 for the chosen and 0 for the rejected response. r is
+    a response's log-ratio of policy to reference, and β is the paper's 1/η. The targets correspond to implicit rewards
+    βr of ½ and −½. Beyond its target, each term of the loss grows again.
 
     Use it in rounds of self-play, on pairs of the model's own responses with clear winners.
 
@@ -59,8 +63,9 @@ def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tenso
 def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibration_weight: float = 0.5) -> LossOutput:
     """ℓ(h) + w[(r_w − 1/(2β))² + (r_l + 1/(2β))²], h = r_w − r_l: DPO with rewards on an absolute scale.
 
-    Calibrated DPO. h is not scaled by β; β only sets the targets. w is ½ in the authors' code and 1 in the paper's
-    listing; w = 0 gives DPO at β = 1.
+    Calibrated DPO. r_w and r_l are the log-ratios of policy to reference, and ℓ(z) = −log σ(z). h is not scaled by β; β
+    only sets the targets ±1/(2β). The weight w is ½ in the authors' code and 1 in the paper's listing. w = 0 gives DPO
+    at β = 1.
 
     Use it if DPO lowers the chosen likelihood, and if the absolute values of the rewards matter.
 
@@ -84,7 +89,8 @@ def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibrati
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """1 − σ(βr_w) + σ(βr_l): raises the chosen and lowers the rejected response, each relative to the reference.
 
-    Anchored preference optimization, APO-zero, eq. 7.
+    Anchored preference optimization, APO-zero, eq. 7. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the
+    rejected response, and σ is the logistic function.
 
     Use it if the chosen responses are better than what the model writes now, so that their likelihood should rise.
 
@@ -100,8 +106,9 @@ def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
 def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """σ(βr_w) + 1 − σ(β(r_w − r_l)): lowers both responses, and the rejected one more.
 
-    Anchored preference optimization, APO-down, eq. 8. Where |r_w| < |r_w − r_l|, a more likely chosen response
-    increases the loss, as intended.
+    Anchored preference optimization, APO-down, eq. 8. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the
+    rejected response. If |r_w| < |r_w − r_l|, the loss increases with the likelihood of the chosen response, as
+    intended.
 
     Use it if even the chosen responses are worse than what the model writes now.
 

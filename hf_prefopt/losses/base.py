@@ -21,11 +21,12 @@ class LossOutput:
     """The output of a preference loss.
 
     Attributes:
-        losses: `[B]`, the loss of each example, differentiable.
-        rewards: `[B, K]`, the loss's own implicit rewards, detached. A pair has the columns (chosen, rejected), an
-            unpaired example has one column, and lists are padded. `None` if the loss has no implicit reward, as in
-            supervised fine-tuning.
-        components: named parts of `losses`, each `[B]`, detached, for logging.
+        losses: `[B]`. The loss of each example. Gradients flow through it.
+        rewards: `[B, K]`. The implicit reward of each response, as this loss defines it, without gradients. Pairs have
+            two columns, chosen and rejected. Single responses have one column. Lists have one column per response, and
+            shorter lists are padded. `None` if the loss has no implicit reward, as in supervised fine-tuning.
+        components: further values for the logs, keyed by name, such as the preference term and the NLL of a loss. Each
+            is `[B]` and has no gradient.
     """
 
     losses: Tensor
@@ -62,7 +63,8 @@ class UnsuitableExamples(ValueError):
     """Raised if a loss cannot compare some examples of a dataset.
 
     Attributes:
-        which: `[N]` bool, True for the examples that the loss cannot compare.
+        which: `[N]` bool, where N is the number of examples in the dataset. True for the examples that the loss cannot
+            compare.
     """
 
     def __init__(self, which: Tensor, reason: str):
@@ -71,7 +73,13 @@ class UnsuitableExamples(ValueError):
 
 
 def advise_on_labels(labels: Tensor) -> str | None:
-    """Advice for data with one label, for losses that compare the two labels; `None` if there are examples of both."""
+    """Return advice for the user if all examples have the same label, or `None` if both labels occur.
+
+    Losses that compare desirable with undesirable examples need both.
+
+    Args:
+        labels: `[N]` bool. True for desirable examples.
+    """
     desirable = int(labels.sum())
     if 0 < desirable < len(labels):
         return None
@@ -84,12 +92,12 @@ def advise_on_labels(labels: Tensor) -> str | None:
 
 
 def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return `[B, 2]`: the two `[B]` reward vectors of pairs as columns, detached."""
+    """Stack the rewards `[B]` of the chosen and of the rejected responses into a detached tensor `[B, 2]`."""
     return torch.stack([chosen_rewards, rejected_rewards], dim=-1).detach()
 
 
 def check_same_shape(**tensors: Tensor | None) -> None:
-    """Check that all given tensors are vectors `[B]` of the same length.
+    """Check that all tensors that are not `None` are vectors `[B]` of the same length.
 
     Raises:
         ValueError: the shapes are wrong; the message names the tensors and their shapes.
@@ -102,7 +110,7 @@ def check_same_shape(**tensors: Tensor | None) -> None:
 
 
 def check_lists(**tensors: Tensor | None) -> None:
-    """Check that all given tensors are matrices `[B, K]` of the same shape.
+    """Check that all tensors that are not `None` are matrices `[B, K]` of the same shape.
 
     Raises:
         ValueError: the shapes are wrong; the message names the tensors and their shapes.
@@ -160,10 +168,10 @@ def check_positive(**values: float) -> None:
 
 
 def check_both_or_neither(**tensors: Tensor | None) -> bool:
-    """Return whether the reference log-probs are given.
+    """Return True if all the reference log-probs `tensors` are given, and False if all are `None`.
 
     Raises:
-        ValueError: only some of the reference log-probs are given.
+        ValueError: some of the reference log-probs are given, and others are not.
     """
     given = [name for name, tensor in tensors.items() if tensor is not None]
     if given and len(given) < len(tensors):
@@ -179,10 +187,15 @@ def log_ratios(
     ref_rejected_logps: Tensor | None,
     **others: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (r_w, r_l), r = s − s_ref in nats, each `[B]`; without a reference, (s_w, s_l), as if it were uniform.
+    """Return (r_w, r_l), the log-ratios (nats) of the chosen and of the rejected responses, each `[B]`.
+
+    r = s − s_ref, where s and s_ref are a response's summed log-probs under the policy and under the reference. If no
+    reference log-probs are given, return (s_w, s_l). This corresponds to a reference under which all responses are
+    equally likely.
 
     Raises:
-        ValueError: one reference is missing, or the tensors and the `others` do not all have the same shape `[B]`.
+        ValueError: only one of the reference log-probs is given, or the tensors, including `others`, do not all have
+            the same shape `[B]`.
     """
     references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
     check_both_or_neither(**references)
@@ -207,7 +220,8 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
     and that β > 0.
 
     Args:
-        reference_free: allows calls without the reference; r is then s.
+        reference_free: whether the decorated loss can be called without the reference log-probs. In such a call, r is
+            s.
 
     Raises:
         ValueError: raised by the decorated loss if shapes differ, β is not above 0, or a required reference is missing.
@@ -237,7 +251,10 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
 
 
 def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call, keyed by name, with defaults. A `TypeError` names the function, as in Python."""
+    """Return the arguments of a call, keyed by name, including defaults.
+
+    If the arguments do not fit the signature, the `TypeError` names the function, as Python's own `TypeError` does.
+    """
     try:
         given = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -247,8 +264,12 @@ def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dic
 
 
 def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Signature:
-    """Return the formula's signature with four sums instead of two log-ratios; parameters with defaults come last."""
-    # The annotations say which parameters are tensors; in some modules they are strings.
+    """Return the formula's signature with the four summed log-probs in place of the two log-ratios.
+
+    Parameters with defaults come last.
+    """
+    # Annotations identify the tensors among the parameters. Some modules store annotations as strings, so evaluate
+    # them.
     _, _, *others = inspect.signature(formula, eval_str=True).parameters.values()
     of_reference = {"annotation": Tensor | None, "default": None} if reference_free else {"annotation": Tensor}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -283,12 +304,15 @@ def less_margins(rewards: Tensor, margins: Tensor | None) -> Tensor:
 
 
 def per_token(summed: Tensor, lengths: Tensor) -> Tensor:
-    """Return a summed quantity divided by the number of scored tokens; a length of 0 counts as 1."""
+    """Divide a quantity that is summed over a response by its number of scored tokens; a length of 0 counts as 1."""
     return summed / lengths.clamp(min=1)
 
 
 def check_one_confidence(win_rates: Tensor | None, label_smoothing: float, margins: Tensor | None = None) -> None:
-    """Raise `ValueError` if win rates are combined with label smoothing or margins, which have the same purpose."""
+    """Raise `ValueError` if win rates are combined with label smoothing or with target margins.
+
+    All three state how clear a preference is, so win rates together with one of the others would count this twice.
+    """
     if win_rates is not None and label_smoothing != 0.0:
         raise ValueError(
             f"label_smoothing={label_smoothing!r} applies to all pairs, but the column `win_rate` already gives a soft "
@@ -304,7 +328,8 @@ def check_one_confidence(win_rates: Tensor | None, label_smoothing: float, margi
 def logistic(margin: Tensor, label_smoothing: float = 0.0, win_rates: Tensor | None = None) -> Tensor:
     """Return (1 − ε)·ℓ(z) + ε·ℓ(−z), ℓ(z) = −log σ(z): the conservative logistic loss (cDPO), or ℓ(z) if ε = 0.
 
-    With `win_rates` p (`[B]`, in [0, 1]), return p·ℓ(z) + (1 − p)·ℓ(−z), the cross-entropy to soft labels.
+    Here, z is `margin`, and ε is `label_smoothing`. If `win_rates` p are given (`[B]`, in [0, 1]), return
+    p·ℓ(z) + (1 − p)·ℓ(−z) instead, the cross-entropy to the soft labels (p, 1 − p).
     """
     if win_rates is not None:
         return -win_rates * F.logsigmoid(margin) - (1 - win_rates) * F.logsigmoid(-margin)
@@ -313,30 +338,35 @@ def logistic(margin: Tensor, label_smoothing: float = 0.0, win_rates: Tensor | N
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-# Beyond this exponent, eˣ is replaced by its tangent: e²⁰ is 5e8, and its square still fits into fp32 gradient norms.
+# For larger exponents x, eˣ is replaced by its tangent at 20. Gradient norms contain the square of e²⁰ = 5e8, and this
+# square does not overflow in fp32.
 MAX_EXPONENT = 20.0
 
 
 def exp_to_tangent(x: Tensor) -> Tensor:
-    """Return eˣ up to x = 20 and its tangent beyond: finite, with a gradient that neither explodes nor vanishes."""
+    """Return eˣ for x ≤ 20, and the tangent of eˣ at 20 for larger x, so that values and gradients stay finite."""
     capped = x.clamp(max=MAX_EXPONENT)
     return capped.exp() * (1 + x - capped)
 
 
 def expm1_to_tangent(x: Tensor) -> Tensor:
-    """Return eˣ − 1 up to x = 20 and its tangent beyond, accurate near 0; see `exp_to_tangent`."""
+    """Return eˣ − 1 for x ≤ 20, and its tangent at 20 for larger x. The result is accurate near x = 0.
+
+    See `exp_to_tangent` for the reason.
+    """
     capped = x.clamp(max=MAX_EXPONENT)
     return torch.expm1(capped) + capped.exp() * (x - capped)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """Return log(1 − eˣ) for x ≤ 0, accurate at both ends (Mächler 2012): expm1 near zero, log1p far from zero.
+    """Return log(1 − eˣ) for x ≤ 0, accurately both near zero and far from zero (Mächler 2012).
 
-    x is clamped just below zero, because at zero the value is −inf and the gradient is undefined.
+    It is computed with expm1 near zero, and with log1p far from zero. x is clamped to a value just below zero, because
+    at zero the result would be −inf and the gradient undefined.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near_zero = x > -0.6931471805599453
-    # Each branch gets values that are safe for it; otherwise `where` would let NaN into the gradient.
+    # Values that the other branch handles are replaced by a safe constant, because `where` would pass on NaN gradients.
     near = torch.log(-torch.expm1(torch.where(near_zero, x, -0.5)))
     far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
     return torch.where(near_zero, near, far)

@@ -1,4 +1,4 @@
-"""Binary classifier optimization (BCO): compares rewards with their running mean δ, which is kept across batches.
+"""Binary classifier optimization (BCO): losses that compare rewards βr with their running mean δ over all batches.
 
 r is the log-ratio of policy to reference, summed over a response (nats).
 """
@@ -21,7 +21,7 @@ _START = {"delta": 0.0, "count": 0.0}
 
 
 def _mean_with(state: dict[str, Tensor], rewards: Tensor) -> dict[str, Tensor]:
-    """Return the mean and the number of all rewards so far, including `rewards`."""
+    """Return the new state: the mean and the number of all rewards so far, including the new `rewards`."""
     count = state["count"] + rewards.numel()
     return {"delta": state["delta"] + (rewards.mean() - state["delta"]) * rewards.numel() / count, "count": count}
 
@@ -58,21 +58,21 @@ def bco_loss(
 ) -> LossOutput:
     """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not; δ is the running mean of βr over all training examples so far.
 
-    Binary classifier optimization. Each step updates δ with its global batch before the loss is computed; evaluation
-    does not change it. δ is the plain mean of all rewards, as in TRL's last BCO trainer, not an exponential moving
-    average. The implicit reward is βr.
+    Binary classifier optimization. r is a response's log-ratio of policy to reference, and ℓ(z) = −log σ(z). Each step
+    updates δ with its global batch before the loss is computed; evaluation does not change δ. As in TRL's last BCO
+    trainer, δ is the plain mean of all rewards, not an exponential moving average. The implicit reward is βr.
 
     If desirable and undesirable examples have different prompts, the paper weights the undesirable examples by the
-    similarity of their prompts to the prompts of the desirable examples (underlying distribution matching).
-    `distribution_matching_weights` in `data.bco_weights` computes the column `weight` for this from prompt embeddings,
-    before training.
+    similarity of their prompts to the prompts of the desirable examples (underlying distribution matching). Before
+    training, `distribution_matching_weights` in `data.bco_weights` computes such weights from prompt embeddings, for
+    the column `weight`.
 
     Use it on thumbs-up / thumbs-down data, as an alternative to KTO that needs no forward pass over mismatched pairs.
 
     Args:
-        policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
+        policy_logps, ref_logps: `[B]`. Summed log-probs (nats). labels: `[B]` bool. True for desirable examples.
         beta: > 0.
-        state: `delta`, a number; `None` uses the mean of this batch alone.
+        state: holds δ as `delta`. If it is `None`, δ is the mean reward of this batch.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -95,15 +95,18 @@ def bco_pair_loss(
 ) -> LossOutput:
     """ℓ(βr_w − δ) + ℓ(δ − βr_l); δ is the running mean of both rewards over all training pairs so far.
 
-    Binary classifier optimization on pairs. δ is computed as in `bco_loss`, from both rewards of every pair. TRL's
-    `bco_pair` took the mean of the batch means, which is the same if all batches have the same size.
+    Binary classifier optimization on pairs. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected
+    response, and ℓ(z) = −log σ(z). δ is computed as in `bco_loss`, from the rewards βr of both responses of every pair.
+    TRL's former `bco_pair` took the mean of the batch means, which is the same if all batches have the same size.
 
-    Use it in a mixture, to judge each response on its own, as MPO does (.8 dpo + .2 bco_pair + 1 sft).
+    Use it in a mixture of losses, to judge each response on its own. MPO, for example, uses
+    0.8 dpo + 0.2 bco_pair + 1 sft.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
         beta: > 0.
-        state: `delta`, a number; `None` uses the mean of this batch alone.
+        state: holds δ as `delta`. If it is `None`, δ is the mean reward of this batch.
 
     Raises:
         ValueError: shapes differ or beta is out of range.

@@ -34,24 +34,26 @@ def dpo_loss(
 ) -> Tensor:
     """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 gives conservative DPO.
 
-    Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3). With win
-    rates p (`use_win_rates=True`), each pair has its own ε = 1 − p: soft labels, as in MMPO (2410.03145).
+    Direct Preference Optimization, eq. 7. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected
+    response, and ℓ(z) = −log σ(z). ε is the probability that a label is flipped (cDPO note, eq. 3). With win rates p
+    (`use_win_rates=True`), each pair has its own ε = 1 − p. These are soft labels, as in MMPO (2410.03145).
 
     Use it first, as the baseline for all other losses.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: `[B]`, summed log-probs (nats) of the policy.
-        ref_chosen_logps, ref_rejected_logps: `[B]`, summed log-probs (nats) of the reference; if left out, s replaces
-            r.
+        policy_chosen_logps, policy_rejected_logps: `[B]`. Summed log-probs (nats) under the policy.
+        ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs (nats) under the reference. If they are left out,
+            the policy's summed log-probs replace r.
         beta: strength of the regularization toward the reference, > 0.
         label_smoothing: ε in [0, 0.5).
-        margins: `[B]`, the target margin m of each pair in reward units; βh − m replaces βh, as in ODPO (2402.10571).
-        chosen_win_rates: `[B]`, the probability p in [0, 1] that the chosen response is the better one; cannot be
-            combined with margins or ε.
+        margins: `[B]`. The target margin m of each pair, in reward units. βh − m then replaces βh, as in ODPO
+            (2402.10571).
+        chosen_win_rates: `[B]`. The probability p in [0, 1] that the chosen response is the better one. It cannot be
+            combined with margins or with ε > 0.
 
     Raises:
-        ValueError: shapes differ, one reference is missing, a hyperparameter is out of range, or win rates are combined
-            with ε or margins.
+        ValueError: shapes differ, only one of the reference log-probs is given, a hyperparameter is out of range, or
+            win rates are combined with ε > 0 or margins.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     check_one_confidence(chosen_win_rates, label_smoothing, margins)
@@ -60,6 +62,14 @@ def dpo_loss(
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
     """Compute ℓ(β(s_w − s_l)), DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
+
+    s_w and s_l are the policy's summed log-probs of the chosen and the rejected response, and ℓ(z) = −log σ(z). A
+    uniform reference gives all responses the same probability.
+
+    Args:
+        chosen_logps, rejected_logps: the policy's summed log-probs s, `[B]`, or its token log-probs, `[B, T]`. Tokens
+            that do not count must be 0.
+        beta: > 0.
 
     Raises:
         ValueError: the batch sizes differ, there are more than two dimensions, or beta is not above 0.
@@ -87,8 +97,9 @@ def dpo_norm_loss(
 ) -> LossOutput:
     """ℓ(β(r̄_w − r̄_l)): DPO on log-ratios per token.
 
-    Length-normalized DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, plus the number of scored tokens of each response,
-    `[B]`.
+    Length-normalized DPO, Tülu 3, eq. 6. r̄ is a response's summed log-ratio of policy to reference, divided by its
+    number of scored tokens, and ℓ(z) = −log σ(z). The arguments are those of `dpo_loss` and the numbers of scored
+    tokens `chosen_lengths` and `rejected_lengths`, each `[B]`.
 
     Use it if DPO makes responses longer: a long response no longer has a larger log-ratio only because of its length.
 
@@ -115,9 +126,10 @@ def ipo_loss(
 ) -> LossOutput:
     """(r̄_w − r̄_l − 1/(2β))²: a finite target margin, so that deterministic preferences are not overfitted.
 
-    Identity preference optimization, eq. 17; β is the paper's τ. The paper sums over tokens (`length_normalize=False`);
-    the authors' experiments average over them, and so do most projects by default. The implicit reward is β·r̄ (or
-    β·r); the loss reaches its minimum at a reward margin of 1/2.
+    Identity preference optimization, eq. 17; β is the paper's τ. r is a response's summed log-ratio log(π/π_ref), and
+    r̄ is r divided by the number of scored tokens. With `length_normalize=False`, r replaces r̄, as in the paper. The
+    authors' experiments average over the tokens, and so do most projects by default. The implicit reward is β·r̄ (or
+    β·r). The loss reaches its minimum at a reward margin of 1/2.
 
     Use it if preferences are nearly deterministic and DPO's margins grow without bound.
 
@@ -134,9 +146,11 @@ def ipo_loss(
 def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, margins: Tensor | None = None) -> Tensor:
     """max(0, 1 − βh): a pair beyond the margin has no gradient.
 
-    Statistical rejection sampling optimization (RSO), hinge-norm; β is the paper's γ. `margins` as in `dpo_loss`.
+    The loss "hinge-norm" of statistical rejection sampling optimization (RSO); β is the paper's γ. r_w and r_l are the
+    log-ratios log(π/π_ref) of the chosen and the rejected response, and h = r_w − r_l. `margins` are those of
+    `dpo_loss`.
 
-    Use it if clearly separated pairs should no longer be trained on.
+    Use it if pairs that are already clearly separated should no longer be trained on.
 
     Raises:
         ValueError: as in `dpo_loss`.
@@ -157,13 +171,15 @@ def wpo_loss(
 ) -> Tensor:
     """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
 
-    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2. The weight is not
-    differentiated and is at most 1.
+    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2. r_w and r_l are the
+    log-ratios log(π/π_ref) of the chosen and the rejected response, h = r_w − r_l, and ℓ(z) = −log σ(z). π_t is the
+    policy's probability of token t of a response, and π_v that of a vocabulary entry v at this position. The weight
+    min(1, w_w·w_l) has no gradient (sg).
 
     Use it on pairs written by other models: pairs that are unlikely under the policy count less.
 
     Args:
-        policy_chosen_alignment, policy_rejected_alignment: `[B]`, log w of each response (nats per token).
+        policy_chosen_alignment, policy_rejected_alignment: `[B]`. log w of each response (nats per token).
         label_smoothing, chosen_win_rates: as in `dpo_loss`.
 
     Raises:
@@ -176,7 +192,11 @@ def wpo_loss(
 
 
 def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor, losses: Tensor) -> Tensor:
-    """Return `[B]`: sg[min(1, w_w·w_l)], the WPO weight of each pair.
+    """Return the WPO weight min(1, w_w·w_l) of each pair, `[B]`, without gradients.
+
+    Args:
+        chosen_alignment, rejected_alignment: `[B]`. log w of each response; see `wpo_loss`.
+        losses: `[B]`. The losses that the weights will multiply; only their shape is checked.
 
     Raises:
         ValueError: the shapes differ.

@@ -1,4 +1,4 @@
-"""KTO and its paired form: prospect-theoretic losses that compare each response with a baseline from the batch."""
+"""KTO and its paired form: losses from prospect theory. They compare each response with a baseline from the batch."""
 
 import math
 
@@ -18,7 +18,12 @@ from hf_prefopt.losses.registry import register_loss
 
 
 def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weight: float) -> str | None:
-    """Return advice for data with one label, or with λ_D·n_D / λ_U·n_U outside [1, 4/3]; `None` for balanced data."""
+    """Return advice for the user if the labels are not balanced, or `None` if they are.
+
+    They are balanced if both labels occur and λ_D·n_D / (λ_U·n_U) is in [1, 4/3]. n_D and n_U are the numbers of
+    desirable and undesirable examples. λ_D is `desirable_weight`, and λ_U is `undesirable_weight`. If a weight is 0, it
+    is enough that both labels occur.
+    """
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     if not min(desirable, undesirable, desirable_weight, undesirable_weight) > 0:
         return advise_on_labels(labels)
@@ -48,19 +53,19 @@ def kto_loss(
 ) -> LossOutput:
     """λ_D(1−σ(β(r − z))) if desirable, λ_U(1−σ(β(z − r))) if not, z = sg max(0, mean_B r of mismatched pairs).
 
-    Kahneman–Tversky optimization. z estimates KL(π‖π_ref) from mismatched pairs (each prompt with the response to
-    another prompt) over the global batch, regardless of labels. The component `kl` is z. See `kto_weights` for
-    imbalanced labels.
+    Kahneman–Tversky optimization. r is a response's log-ratio of policy to reference. z estimates KL(π‖π_ref) from
+    mismatched pairs: each prompt of the global batch, whatever its label, with the response to another prompt. z has no
+    gradient (sg), and the component `kl` is z. See `kto_weights` for imbalanced labels.
 
     Use it on unpaired thumbs-up / thumbs-down data, even if the labels are imbalanced. With `unpair=True`, use it on
     pairs of doubtful quality.
 
     Args:
-        policy_logps, ref_logps: `[B]`, summed, nats.
-        policy_mismatched_logps, ref_mismatched_logps: `[B]`, log-probs of another prompt's response after each prompt.
-        labels: `[B]` bool, True for desirable.
+        policy_logps, ref_logps: `[B]`. Summed log-probs (nats).
+        policy_mismatched_logps, ref_mismatched_logps: `[B]`. Summed log-probs (nats) of the mismatched pairs.
+        labels: `[B]` bool. True for desirable examples.
         beta: > 0. desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
-        log_form: uses −log σ instead of 1 − σ, as some descriptions of KTO do.
+        log_form: whether to use −log σ instead of 1 − σ, as some descriptions of KTO do.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -86,8 +91,8 @@ def kto_loss(
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
     """Return (λ_D, λ_U) that balance n_D desirable and n_U undesirable examples.
 
-    One weight changes from 1 by the smallest amount that brings λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's
-    authors recommend (2402.01306).
+    KTO's authors recommend λ_D·n_D / (λ_U·n_U) in [1, 4/3] (2402.01306). If the numbers are outside this range at
+    weights of 1, one of the weights is increased just enough to reach it.
 
     Example:
         >>> kto_weights(100, 80), kto_weights(100, 200), kto_weights(300, 100)
@@ -107,14 +112,16 @@ def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 def kto_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """½[1−σ(β(r_w − z_l)) + 1−σ(β(z_w − r_l))], z_x = sg max(0, mean_B r_x): KTO on pairs.
 
-    Kahneman–Tversky optimization in the paired form of the authors' first code release. The baseline of each response
-    is the mean log-ratio of the *other* side over the global batch, clamped at 0 and not differentiated. The loss of a
-    pair is the mean over its two responses.
+    Kahneman–Tversky optimization in the paired form of the authors' first code release. r is a response's log-ratio of
+    policy to reference. The baseline for chosen responses is z_l, computed from the rejected responses of the global
+    batch. The baseline for rejected responses is z_w, computed from the chosen ones. Baselines are at least 0 and have
+    no gradient (sg). The loss of a pair is the mean over its two responses.
 
-    Use it on pairs, for KTO's saturating value function without its forward pass over mismatched pairs.
+    Use it on pairs if you want KTO's saturating loss without its forward pass over mismatched pairs.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
         beta: > 0.
 
     Raises:

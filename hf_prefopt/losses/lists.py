@@ -1,8 +1,8 @@
 """Losses that need only the order of a list's responses: Plackett–Luce, softmax DPO, and RRHF.
 
-Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the log-ratio of policy to
-reference, summed over a response (nats). Smaller ranks are better. Responses with equal ranks are equally good: none is
-preferred to another, and their order in the row does not matter.
+Tensors are `[B, K]`, for B lists of up to K responses. Entries where `list_mask` is False are padding and are ignored.
+r is the log-ratio of policy to reference, summed over a response (nats). Smaller ranks are better. Responses with equal
+ranks are equally good: none is preferred to another, and their order in the row does not matter.
 """
 
 import torch
@@ -17,7 +17,14 @@ from hf_prefopt.losses.registry import register_loss
 def list_rewards(
     policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: Tensor, beta: float, **compared: Tensor
 ) -> Tensor:
-    """Return βr, `[B, K]`, 0 at padding. `compared`: the ranks or the scores. Raises `ValueError` if shapes differ."""
+    """Return the implicit rewards βr, `[B, K]`, which are 0 for padding.
+
+    Args:
+        **compared: the ranks or the scores, `[B, K]`; only their shape is checked.
+
+    Raises:
+        ValueError: shapes differ.
+    """
     check_lists(policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, **compared, list_mask=list_mask)
     return beta * torch.where(list_mask, policy_list_logps - ref_list_logps, 0.0)
 
@@ -28,23 +35,23 @@ def plackett_luce_loss(
 ) -> LossOutput:
     """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the NLL of the ranking under a Plackett–Luce model.
 
-    DPO's general form, appendix A.3; for lists of two it is DPO. In this model, each response is chosen from the set of
-    itself and all worse responses. Responses with equal ranks, which the paper does not consider, are therefore not
-    compared.
+    The general form of DPO, appendix A.3 of the DPO paper; for lists of two it is DPO. r_k is the log-ratio
+    log(π/π_ref) of response k. In the Plackett–Luce model, each response is chosen from the set of itself and all worse
+    responses. Responses with equal ranks are therefore not compared with each other; the paper does not consider them.
 
     Use it on fully ranked lists of three or more responses.
 
     Args:
-        policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
-        beta: > 0.
+        policy_list_logps, ref_list_logps: `[B, K]`. Summed log-probs (nats). list_ranks: `[B, K]`. Smaller is better.
+        list_mask: `[B, K]` bool. False for padding. beta: > 0.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
     """
     check_positive(beta=beta)
     rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_ranks=list_ranks)
-    # [b, k, j]: whether response j is a candidate when k is chosen. Every response, padding included, is its own
-    # candidate; the gradient of an empty logsumexp would be NaN.
+    # Entry [b, k, j] says whether response j is a candidate when response k is chosen. Every response, including
+    # padding, is a candidate for itself, because the gradient of a logsumexp over no candidates would be NaN.
     worse = (list_ranks[:, None, :] > list_ranks[:, :, None]) & list_mask[:, None, :]
     itself = torch.eye(list_mask.shape[1], dtype=torch.bool, device=list_mask.device)
     totals = torch.logsumexp(torch.where(worse | itself, rewards[:, None, :], -torch.inf), dim=-1)
@@ -57,15 +64,15 @@ def s_dpo_loss(
 ) -> LossOutput:
     """ℓ(−logsumexp_l β(r_l − r_w)): compares the best response with all others at once.
 
-    Softmax-DPO compares one chosen response with any number of rejected responses; the order of the rejected ones does
-    not matter. If several responses are equally best, each of them in turn is w, none of them is an l, and the loss is
-    the mean.
+    Softmax-DPO compares one chosen response w with any number of rejected responses l. The order of the rejected ones
+    does not matter. r is a response's log-ratio of policy to reference, and ℓ(z) = −log σ(z). If several responses
+    share the best rank, each of them is w once, none of them is an l, and the loss is the mean over these w.
 
-    Use it for one good response and several bad ones, as in recommendation.
+    Use it for lists of one good response and several bad ones, as in recommendation.
 
     Args:
-        policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
-        beta: > 0.
+        policy_list_logps, ref_list_logps: `[B, K]`. Summed log-probs (nats). list_ranks: `[B, K]`. Smaller is better.
+        list_mask: `[B, K]` bool. False for padding. beta: > 0.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -83,7 +90,10 @@ def sft_lists_loss(
 ) -> LossOutput:
     """NLL(best) = −s̄ of the response with the smallest rank, averaged over ties: `sft` on lists.
 
-    Use it as `sft`, or through `sft_weight`, in combination with losses of lists.
+    s̄ is a response's summed log-prob divided by its number of scored tokens. The loss `sft` takes this form if the
+    dataset has lists.
+
+    Use it through the name `sft` or through `sft_weight`, in combination with losses of lists.
 
     Raises:
         ValueError: shapes differ.
@@ -101,13 +111,14 @@ def rrhf_loss(
 ) -> LossOutput:
     """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): puts the log-probs per token in the order of the ranks.
 
-    RRHF. The NLL is per token, as for all losses here. If several responses are best, the NLL is averaged over them.
-    The implicit reward is s̄.
+    RRHF. s̄ is a response's mean log-prob per scored token, and the NLL is −s̄. If several responses share the best
+    rank, the NLL is averaged over them. The implicit reward is s̄.
 
     Use it on ranked lists without a reference model, to combine ranking with imitation of the best response.
 
     Args:
-        policy_list_logps: `[B, K]`, summed, nats. list_lengths, list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
+        policy_list_logps: `[B, K]`. Summed log-probs (nats). list_lengths: `[B, K]`. Numbers of scored tokens.
+        list_ranks: `[B, K]`. Smaller is better. list_mask: `[B, K]` bool. False for padding.
         sft_coef: λ ≥ 0.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Losses without a reference that add the NLL of the chosen responses: CPO, ORPO, SLiC-HF, and the NLL alone.
+"""Losses without a reference that contain the NLL of the chosen responses: CPO, ORPO, SLiC-HF, and the NLL alone.
 
-s is a response's summed log-prob (nats), and s̄ is s divided by the number of scored tokens. NLL(y) = −s̄, except in
-SLiC-HF, where it is −s.
+s is a response's summed log-prob (nats) under the policy, and s̄ is s divided by the number of scored tokens. The NLL
+of a response is −s̄, except in SLiC-HF, where it is −s.
 """
 
 import torch
@@ -32,14 +32,16 @@ def cpo_loss(
 ) -> LossOutput:
     """ℓ(β(s_w − s_l)) + α·NLL(y_w): a contrastive loss without a reference, plus the NLL of the chosen response.
 
-    Contrastive preference optimization, eq. 5. For CPO with another preference loss, use `hinge` or `ipo` with
-    `reference_free=True`, or `simpo`, and set `sft_weight` to α.
+    Contrastive preference optimization, eq. 5. s_w and s_l are the policy's summed log-probs of the chosen response y_w
+    and of the rejected one, and ℓ(z) = −log σ(z). The NLL is averaged over tokens. To use another preference loss in
+    place of ℓ, set `sft_weight` to α, and choose `simpo`, or `hinge` or `ipo` with `reference_free=True`. The implicit
+    reward is βs.
 
     Use it if a reference model does not fit into memory, and the chosen responses are good enough to imitate.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats.
-        chosen_lengths: `[B]`, tokens; the NLL is a mean over them.
+        policy_chosen_logps, policy_rejected_logps: `[B]`. Summed log-probs (nats).
+        chosen_lengths: `[B]`. Numbers of scored tokens in the chosen responses.
         beta: > 0.
         cpo_alpha: α ≥ 0.
         label_smoothing: ε in [0, 0.5), the probability that a label is flipped.
@@ -74,10 +76,11 @@ def orpo_loss(
 ) -> LossOutput:
     """NLL(y_w) + β·ℓ(log-odds_w − log-odds_l), log-odds = s̄ − log(1 − e^s̄).
 
-    Odds-ratio preference optimization, eq. 6 and 7; β is the paper's λ. The odds are those of the geometric mean of the
-    token probabilities; log(1 − e^s̄) is computed without loss of precision for likely responses. The NLL covers the
-    response, as in the paper; the authors' code and TRL's ORPOTrainer compute it over prompt and response. The implicit
-    reward is β·s̄.
+    Odds-ratio preference optimization, eq. 6 and 7; β is the paper's λ. s̄ is a response's mean log-prob per scored
+    token, and ℓ(z) = −log σ(z). e^s̄ is the geometric mean of the token probabilities, and the odds are those of this
+    probability. log(1 − e^s̄) is computed without loss of precision for likely responses. The NLL is −s̄_w, over the
+    chosen response only, as in the paper. The authors' code and TRL's ORPOTrainer compute it over prompt and response;
+    see `orpo_sequence`. The implicit reward is β·s̄.
 
     Use it to align a base model in one stage, without supervised fine-tuning first and without a reference.
 
@@ -107,13 +110,15 @@ def orpo_sequence_loss(
 ) -> LossOutput:
     """NLL(x, y_w) + β·ℓ(log-odds_w − log-odds_l): ORPO with an NLL that includes the prompt.
 
-    The NLL is −(s_x + s_w)/(n_x + n_w), as in the authors' code and TRL's ORPOTrainer, where s_x is the log-prob of the
-    prompt from its second token on. Everything else is as in `orpo_loss`.
+    The NLL is −(s_x + s_w)/(n_x + n_w), as in the authors' code and in TRL's ORPOTrainer. s_x is the summed log-prob of
+    the prompt from its second token on, and n_x the number of these tokens. s_w and n_w are the same quantities for the
+    chosen response. All other terms and arguments are those of `orpo_loss`.
 
-    Use it to reproduce runs of that code; it also trains the model to write prompts.
+    Use it to reproduce runs of the authors' code or of TRL. It also trains the model to write prompts.
 
     Args:
-        policy_prompt_logps: `[B]`, summed, nats. prompt_lengths: `[B]`, scored tokens, which may be 0.
+        policy_prompt_logps: `[B]`. Summed log-probs (nats) of the prompts.
+        prompt_lengths: `[B]`. Numbers of scored tokens in the prompts, which may be 0.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -141,11 +146,12 @@ def slic_hf_loss(
     """max(0, δ − s_w + s_l) − λ·s_w: a margin of δ nats between the sums, plus the NLL of the chosen response.
 
     Sequence likelihood calibration with human feedback: a rank loss plus a regularizer toward a target, here the chosen
-    response. The regularizer is λ times the NLL of the whole response, −s_w, as in the paper and in HALOs. With
-    `length_normalize=True` the NLL is −s̄_w, as in all other losses here, and λ has another scale. The implicit reward
+    response. s_w and s_l are the summed log-probs of the chosen and the rejected response. The regularizer is λ times
+    the summed NLL of the chosen response, −s_w, as in the paper and in HALOs. With `length_normalize=True`, the NLL is
+    divided by the number of scored tokens, as in all other losses here; λ then needs another value. The implicit reward
     is s.
 
-    Use it for a fixed margin in log-probs, if the chosen responses are good enough to imitate.
+    Use it if you want a fixed margin in log-probs, and the chosen responses are good enough to imitate.
 
     Args:
         delta: δ > 0, nats. lambda_coef: λ ≥ 0.
@@ -173,7 +179,10 @@ def slic_hf_loss(
 def sft_loss(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> LossOutput:
     """NLL(y_w) = −s̄_w: supervised fine-tuning on the chosen responses; each NLL is divided by the response's length.
 
-    Use it in a mixture (or through `sft_weight`), or alone as a baseline trained on the chosen responses.
+    s̄_w is the chosen response's summed log-prob divided by its number of scored tokens.
+
+    Use it in a mixture of losses (by name or through `sft_weight`), or alone, as a baseline that is trained on the
+    chosen responses.
 
     Raises:
         ValueError: shapes differ.

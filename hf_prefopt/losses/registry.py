@@ -10,10 +10,11 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     chosen_token_weights, rejected_token_weights   token weights from the dataset's columns: `[B, T]`
     rows, pair_in_row                              the pair's row in the dataset, and its index in that row: `[B]`
     policy_gold_logps, gold_lengths, ...           triples: a pair and a third, gold response: `[B]`
-    policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
-    quantiles                                      the quantile of a response's reward among the reference's: `[B]`
-    policy_token_logps, token_mask, ...            the same for the tokens of single responses: `[B, T]`
-    policy_mismatched_logps, ...                   another prompt's response, scored after this prompt: `[B]`
+    policy_logps, ref_logps, lengths, labels       single responses: `[B]`; `labels` is True for desirable ones
+    quantiles                                      single responses: the quantile of a response's reward among the
+                                                   rewards of the reference's own responses: `[B]`
+    policy_token_logps, token_mask, ...            single responses: as for pairs, without "chosen_": `[B, T]`
+    policy_mismatched_logps, ...                   log-probs of another prompt's response after this prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
     chosen_scores, chosen_win_rates, margins, ...  optional columns of pairs: `[B]`; see `kinds.pairs`
     state                                          numbers kept across batches; see `RunningState`
@@ -22,8 +23,8 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     training                                       False in evaluations
     everything else                                a hyperparameter, which must have a default
 
-If a reference input has the default `None`, the loss also works without a reference. If an optional column has the
-default `None`, the loss gets it whenever the data have it.
+If the parameter for a reference input has the default `None`, the loss also works without a reference. If the parameter
+for an optional column has the default `None`, the loss gets the column if the data have it.
 """
 
 import difflib
@@ -45,8 +46,9 @@ class RunningState:
 
     Attributes:
         initial: the values before the first batch.
-        update: `(state, **inputs, **hyperparameters) -> new state`, with scalar tensors without gradients. `update` is
-            called once per optimizer step, on the global batch, before the loss is computed, and never in evaluation.
+        update: a function `(state, **inputs, **hyperparameters)` that returns the new state. A state maps names to
+            scalar tensors without gradients. The function is called once per optimizer step, with the inputs of the
+            global batch, before the loss is computed. Evaluations do not call it.
     """
 
     initial: Mapping[str, float]
@@ -55,24 +57,29 @@ class RunningState:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A registered loss: the function, and what the trainer must know to call it.
+    """A registered loss: its function, and the properties that the trainer needs to know.
 
     Attributes:
         name: the loss's main name.
         aliases: other names, accepted wherever the main name is.
-        function: `(named tensors [B], **hyperparameters) -> LossOutput`, or a tensor `[B]` of losses.
-        paper: arXiv number of the source; empty if there is none.
+        function: the loss function. It takes tensors and hyperparameters by name, and returns a `LossOutput` or only
+            the losses, `[B]`.
+        paper: the arXiv number of the paper; empty if there is none.
         description: the first line of the function's docstring.
-        is_average_loss: the log-probs are averaged over tokens, so the scale of beta differs from DPO's.
-        computes_reward_metrics: the loss has implicit rewards.
-        needs_global_batch: the loss of an example depends on the other examples of the global batch.
-        has_own_divergence: the loss contains its own divergence from the reference, so no other divergence can be used.
-        state: the numbers that the loss keeps across batches; the loss gets them as the argument `state`.
-        is_one_value: the loss is one value for the global batch, so the losses of examples cannot be weighted.
-        check_data: checks the examples of a whole dataset before training. Its parameters are hyperparameters and
-            inputs of the loss (`[N]`, `[N, K]`). It returns advice for the user, or `None`, and raises
-            `UnsuitableExamples` for examples that the loss cannot compare.
-        form_of: the name of the loss that this loss adapts to another kind of examples.
+        is_average_loss: True if the loss averages log-probs over tokens. β then has another scale than in DPO.
+        computes_reward_metrics: True if the loss has implicit rewards.
+        needs_global_batch: True if the loss of an example depends on the other examples of the global batch.
+        has_own_divergence: True if the loss contains its own divergence from the reference, so that no other divergence
+            can be used.
+        state: describes the numbers that the loss keeps across batches and gets as the argument `state`. `None` if it
+            keeps none.
+        is_one_value: True if the loss is one value for the global batch, so that the losses of examples cannot be
+            weighted.
+        check_data: a function that checks a dataset of N examples before training. Its parameters are inputs of the
+            loss (`[N]` or `[N, K]`) and hyperparameters. It returns advice for the user, or `None`. It raises
+            `UnsuitableExamples` if the loss cannot compare some of the examples.
+        form_of: the name of the loss that this loss adapts to another kind of examples, such as "sft" for
+            "sft_lists"; empty for all other losses.
         inputs: the names of the loss's tensor parameters.
         defaults: its hyperparameters and their default values.
     """
@@ -99,7 +106,7 @@ class LossSpec:
         return next((kind for kind in KINDS if self.fits(kind)), PAIRS)
 
     def fits(self, kind: ExampleKind) -> bool:
-        """Return whether the loss can compare examples of that kind; triples also count as pairs."""
+        """Return whether the loss can compare examples of that kind. Losses of pairs also compare triples."""
         return all(map(kind.has_input, self.inputs))
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
@@ -109,12 +116,12 @@ class LossSpec:
 
     @property
     def reference_inputs(self) -> tuple[str, ...]:
-        """The inputs that come from the reference model."""
+        """The names of the inputs that come from the reference model."""
         return tuple(name for name in self.inputs if name.startswith("ref_"))
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
-        """The inputs that the loss gets only if the data have them."""
+        """The names of the inputs that the loss gets only if the data have them."""
         parameters = inspect.signature(self.function).parameters
         return tuple(
             name for name in self.inputs if name in self.kind.optional_columns and parameters[name].default is None
@@ -122,7 +129,7 @@ class LossSpec:
 
     @property
     def run_inputs(self) -> tuple[str, ...]:
-        """The loss's parameters that describe the run, among `state`, `progress`, `epoch` and `training`."""
+        """Those of the names `state`, `progress`, `epoch` and `training` that the loss has as parameters."""
         parameters = inspect.signature(self.function).parameters
         return tuple(name for name in _RUN_INPUTS if name in parameters and (name != "state" or self.state))
 
@@ -140,7 +147,8 @@ class LossSpec:
     def __call__(self, **arguments: Any) -> LossOutput:
         """Compute the loss from named inputs and hyperparameters.
 
-        If the function returns only losses, the implicit rewards are β·(s − s_ref).
+        If the function returns only losses, the implicit rewards are β·(s − s_ref), where s and s_ref are a response's
+        summed log-probs under policy and reference.
 
         Raises:
             ValueError: the function does not return one number per example; see `losses.returned`.
@@ -153,7 +161,7 @@ class LossSpec:
         return output
 
     def _default_rewards(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Return β·(s − s_ref), the implicit reward of a loss function that returns only the losses."""
+        """Return the implicit rewards β·(s − s_ref) for a loss function that returns only losses; see `__call__`."""
         if not self.computes_reward_metrics:
             return None
         return self.kind.default_rewards(arguments, arguments.get("beta", self.defaults.get("beta", 1.0)))
@@ -172,7 +180,7 @@ def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
     return frozenset(own | {stat for _, statistic in asked if model == "ref" for stat in statistic.of_reference})
 
 
-# Parameters that are neither inputs of examples nor hyperparameters.
+# Parameters that describe the run; they are neither inputs from the examples nor hyperparameters.
 _RUN_INPUTS = ("state", "progress", "epoch", "training")
 _LOSSES: dict[str, LossSpec] = {}
 _ALIASES: dict[str, str] = {}
@@ -195,16 +203,16 @@ def register_loss(
         name: the loss's name.
         aliases: other accepted names.
         paper: arXiv number.
-        **capabilities: what else the trainer must know, such as `needs_global_batch` or `state`: the attributes of
-            `hf_prefopt.losses.LossSpec`, where they differ from its defaults.
+        **capabilities: further attributes of `hf_prefopt.losses.LossSpec` that are not at their defaults, such as
+            `needs_global_batch=True` or `state`.
 
     Returns:
-        A decorator that returns the function unchanged. A function with the same module and qualified name replaces the
-        one that was registered before, so a notebook cell can be run again.
+        A decorator that returns the function unchanged. If a function with the same module and qualified name was
+        registered before, the new one replaces it, so a notebook cell can be run again.
 
     Raises:
-        ValueError: the name or an alias belongs to another loss, a parameter is neither a known input nor has a
-            default, or the inputs belong to several kinds of examples.
+        ValueError: the name or an alias belongs to another loss; a parameter is not a known input and has no default;
+            a parameter looks like a misspelled input; or the inputs belong to several kinds of examples.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -227,7 +235,7 @@ def register_loss(
 
 
 def _is_anew(function: Callable, before: Callable) -> bool:
-    """Return whether a function comes from the same definition as an earlier one, executed again."""
+    """Return whether both functions come from the same definition in the source code, executed twice."""
     return _definition(function) is not None and _definition(function) == _definition(before)
 
 
@@ -240,7 +248,10 @@ def _definition(function: Callable) -> tuple[str, str] | None:
 
 
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the inputs of a loss function, which are recognized by name, and its hyperparameters with defaults."""
+    """Return the names of a loss function's inputs, and its hyperparameters with their defaults.
+
+    Inputs are recognized by their names.
+    """
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.has_input(p.name) for kind in KINDS))
     if not any(all(map(kind.has_input, inputs)) for kind in KINDS):
@@ -258,10 +269,12 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
 
 
 def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...]) -> None:
-    """Raise `ValueError` for parameters that look like inputs but would be hyperparameters.
+    """Raise `ValueError` for parameters that look like inputs, but are hyperparameters because they have defaults.
 
     Args:
-        given: all parameters of the function, with their defaults.
+        loss: the name of the loss.
+        given: the defaults of all parameters of the function, keyed by parameter.
+        inputs: the names of the parameters that are inputs.
     """
     for name, default in given.items():
         if name in inputs and default not in (inspect.Parameter.empty, None):
@@ -270,7 +283,8 @@ def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...
                 "default, or make it None if the input is optional"
             )
         meant = None if name in inputs or name in _RUN_INPUTS else _input_near(name)
-        # A name without an underscore and with a default is a hyperparameter that resembles an input: `weight=1.0`.
+        # A name without an underscore and with a default other than None, such as `weight=1.0`, is a hyperparameter
+        # that only resembles an input.
         if meant and (default is None or "_" in name):
             raise ValueError(
                 f"loss {loss!r}: {name} is not an input, and its default makes it a hyperparameter: did you mean "
@@ -279,7 +293,7 @@ def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...
 
 
 def _offered(name: str) -> str:
-    """Return a hint for a parameter that is not an input: the input that was probably meant, or examples."""
+    """Return a hint for a parameter that is not an input: the input that was probably meant, or examples of inputs."""
     prefixed = [f"{model}_{name}" for model in ("policy", "ref")]
     known = [near for near in prefixed if any(kind.has_input(near) for kind in KINDS)]
     meant = " or ".join(known) or _input_near(name)
@@ -287,7 +301,10 @@ def _offered(name: str) -> str:
 
 
 def _input_near(name: str) -> str | None:
-    """Return an input whose name differs from `name` by one letter that is added, removed or replaced, or `None`."""
+    """Return a valid name that differs from `name` by one added, removed or replaced letter; `None` if there is none.
+
+    Valid are the names of inputs and of the parameters that describe the run.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz_"
     cuts = [(name[:at], name[at:]) for at in range(len(name) + 1)]
     less = (head + tail[1:] for head, tail in cuts if tail)
@@ -298,13 +315,14 @@ def _input_near(name: str) -> str | None:
 
 
 def get_loss(name: str) -> LossSpec:
-    """Return the registered loss with that name or alias, callable with named tensors and hyperparameters.
+    """Return the registered loss with that name or alias. Call it with tensors and hyperparameters as keywords.
 
     Args:
         name: the loss's name or one of its aliases.
 
     Returns:
-        The loss, with its `description`, `paper`, `inputs` (names of tensors), and `defaults` of hyperparameters.
+        The loss. It has the attributes `description`, `paper`, `inputs` (the names of its tensors) and `defaults` (its
+        hyperparameters with their default values).
 
     Raises:
         ValueError: no loss has this name; the message suggests similar names.
@@ -320,5 +338,5 @@ def get_loss(name: str) -> LossSpec:
 
 
 def list_losses() -> list[str]:
-    """Return the names of all registered losses, sorted, without aliases."""
+    """Return the names of all registered losses in alphabetical order, without aliases."""
     return sorted(_LOSSES)

@@ -28,15 +28,18 @@ class NamedLoss(Protocol):
 
 
 def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tensor]) -> None:
-    """Check that a loss has returned one number per example, so that the mean is the loss of the examples.
+    """Check that a loss has returned one number per example. The trainer takes the mean of these numbers.
 
     Args:
         spec: the loss.
-        given: the inputs of the loss; the first floating-point tensor is `[B]`, `[B, K]` or `[B, T]`.
+        output: what the loss returned.
+        given: the inputs of the loss, keyed by name. The first floating-point tensor, which is `[B]`, `[B, K]` or
+            `[B, T]`, defines B, the dtype and the device. Without such a tensor, nothing is checked.
 
     Raises:
-        ValueError: the losses are not a floating-point tensor `[B]`, are less precise than the inputs, or have lost the
-            gradient; the rewards are not `[B, K]`; a component is not `[B]`; or a tensor is on another device.
+        ValueError: the losses are not a floating-point tensor `[B]`, have a less precise dtype than the inputs, or have
+            no gradient although an input requires one; the rewards are not `[B, K]`; a component is not `[B]`; or a
+            tensor is on another device than the inputs.
     """
     like = next((tensor for tensor in given.values() if tensor.is_floating_point()), None)
     if like is None:
@@ -77,7 +80,10 @@ def _refuse(spec: NamedLoss, like: Tensor, what: str, returned: Any, needed: str
 
 
 def _description(returned: Any, like: Tensor) -> str:
-    """Describe the type or the shape, and the dtype and the device if they are not those of `like`."""
+    """Describe a returned value: the type if it is not a tensor, otherwise the shape.
+
+    The dtype and the device of a tensor are added if they differ from those of `like`.
+    """
     if not isinstance(returned, Tensor):
         return f"of type {type(returned).__name__}"
     dtype = f" in {returned.dtype}" if returned.dtype != like.dtype else ""

@@ -1,7 +1,7 @@
 """Pair losses that use how much better the chosen response is: ODPO, reward-aware RPO, and SPPO with win rates.
 
-r is the log-ratio of policy to reference, summed over a response (nats), and h = r_w − r_l. R is a response's score,
-larger for better responses, and ΔR = R_w − R_l. Every implicit reward here is βr.
+r is the log-ratio of policy to reference, summed over a response (nats), and h = r_w − r_l. R is a response's score
+from the dataset, which is larger for better responses, and ΔR = R_w − R_l. Every implicit reward here is βr.
 """
 
 import torch
@@ -54,14 +54,18 @@ def odpo_loss(
 ) -> LossOutput:
     """ℓ(βh − α log ΔR): DPO with a margin that grows with how much better the chosen response is.
 
-    DPO with an offset (ODPO). With `margin="ratio"` the offset is α log(R_w/R_l). α = 0 gives DPO.
+    DPO with an offset (ODPO). r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response, and
+    h = r_w − r_l. ΔR = R_w − R_l is the difference between their scores, and ℓ(z) = −log σ(z). With `margin="ratio"`,
+    the offset is α log(R_w/R_l). α = 0 gives DPO.
 
-    Use it on pairs scored on one scale by a reward model or raters, if some score differences are much larger than
-    others.
+    Use it on pairs that a reward model or raters have scored on one scale, if some score differences are much larger
+    than others.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        chosen_scores, rejected_scores: `[B]`, R_w > R_l. Otherwise the loss is NaN; the trainer rejects such rows.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
+        chosen_scores, rejected_scores: `[B]`. Scores R_w and R_l, with R_w > R_l. `margin="ratio"` also requires
+            R_l > 0. The trainer rejects rows with other scores.
         beta: > 0. alpha: ≥ 0, in reward units. margin: "difference" or "ratio".
 
     Raises:
@@ -77,7 +81,10 @@ def odpo_loss(
 
 
 def _bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
-    """Return KL(σ(a) ‖ σ(b)) of two logits, in nats, without taking the logarithm of a rounded probability."""
+    """Return the KL divergence (nats) of two Bernoulli distributions, KL(σ(a) ‖ σ(b)), from their logits a and b.
+
+    log σ is computed from the logits, so no rounding of σ affects the logarithm.
+    """
     yes = torch.sigmoid(first) * (F.logsigmoid(first) - F.logsigmoid(second))
     return yes + torch.sigmoid(-first) * (F.logsigmoid(-first) - F.logsigmoid(-second))
 
@@ -94,15 +101,19 @@ def rpo_bwd_loss(
 ) -> Tensor:
     """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the target of the margin is ηΔR, not infinity.
 
-    Reward-aware preference optimization (Nemotron-4 340B) with the KL that the paper calls "backward": from the
-    probability p* that the scores imply to the policy's p. The chosen response may have the lower score; the loss then
-    pushes it below the rejected one. The loss reaches its minimum, 0, at βh = ηΔR; η → ∞ gives DPO.
+    Reward-aware preference optimization (Nemotron-4 340B), with the KL that the paper calls "backward". r_w and r_l are
+    the log-ratios log(π/π_ref) of the chosen and the rejected response, and h = r_w − r_l. ΔR = R_w − R_l is the
+    difference between their scores. p is the policy's probability that the chosen response is better, and p* the
+    probability that follows from the scores. If the chosen response has the lower score, the loss pushes its reward
+    below that of the rejected response. The loss reaches its minimum, 0, at βh = ηΔR. η → ∞ gives DPO.
 
     Use it on pairs with reward-model scores, if DPO would separate pairs that hardly differ.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        chosen_scores, rejected_scores: `[B]`. beta: > 0. eta: η > 0, reward units per unit of score.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
+        chosen_scores, rejected_scores: `[B]`. Scores R_w and R_l.
+        beta: > 0. eta: η > 0, reward units per unit of score.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -123,8 +134,8 @@ def rpo_fwd_loss(
 ) -> Tensor:
     """KL(p ‖ p*), p = σ(βh), p* = σ(ηΔR): `rpo_bwd` with the arguments of the KL exchanged (the paper's "forward" KL).
 
-    Pairs that the policy ranks very wrongly have small gradients: the derivative in βh is p(1 − p)(βh − ηΔR). Arguments
-    as in `rpo_bwd_loss`.
+    The derivative with respect to βh is p(1 − p)(βh − ηΔR), so pairs that the policy ranks very wrongly have small
+    gradients. The symbols and arguments are those of `rpo_bwd_loss`.
 
     Use it if a few pairs with wrong scores dominate under `rpo_bwd`.
 
@@ -147,9 +158,9 @@ def rpo_sq_loss(
 ) -> Tensor:
     """(βh − ηΔR)²: regresses the reward margin on the difference of the scores.
 
-    Reward-aware preference optimization with a squared distance. Arguments as in `rpo_bwd_loss`.
+    Reward-aware preference optimization with a squared distance. The symbols and arguments are those of `rpo_bwd_loss`.
 
-    Use it if scores are calibrated, so that the policy should reflect their differences and not only their order.
+    Use it if scores are calibrated, so that the policy should reproduce their differences and not only their order.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -169,15 +180,18 @@ def sppo_loss(
 ) -> Tensor:
     """½[(r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)²]: moves each log-ratio toward a target set by its win rate.
 
-    Self-play preference optimization. P is the win rate of a response against the samples for its prompt; β is the
-    paper's 1/η. Without `rejected_win_rates`, P_w is the probability that the chosen response beats the rejected one,
-    and P_l = 1 − P_w. Win rates of 1 and 0 give half of `sppo_hard`.
+    Self-play preference optimization. r is a response's log-ratio of policy to reference. P is the win rate of a
+    response against the policy's samples for the same prompt. β is the paper's 1/η. Without `rejected_win_rates`, P_w
+    is the probability that the chosen response beats the rejected one, and P_l = 1 − P_w. With win rates of 1 and 0,
+    the loss is half of `sppo_hard`.
 
-    Use it on policy samples judged against each other, in rounds; the reference is the policy after the previous round.
+    Use it in rounds: sample responses from the policy, judge them against each other, and train on them. The reference
+    of a round is the policy after the previous round.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        chosen_win_rates, rejected_win_rates: `[B]`, in [0, 1]. beta: > 0.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
+        chosen_win_rates, rejected_win_rates: `[B]`. Win rates P_w and P_l in [0, 1]. beta: > 0.
 
     Raises:
         ValueError: shapes differ or beta is out of range.

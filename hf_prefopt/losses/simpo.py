@@ -1,6 +1,6 @@
-"""SimPO and its variants: functions of the mean log-prob of a response's tokens, without a reference.
+"""SimPO and its variants: losses of the mean log-prob per token of each response, without a reference.
 
-s̄ is a response's summed log-prob (nats) divided by its number of scored tokens; e^s̄ is its inverse perplexity.
+s̄ is a response's summed log-prob (nats) divided by its number of scored tokens. e^s̄ is the inverse of its perplexity.
 """
 
 import torch
@@ -34,17 +34,19 @@ def simpo_loss(
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ): the reward is β times the mean log-prob, and γ is the target margin.
 
-    Simple preference optimization, eq. 6. Set the margin either as γ or as γ/β (default 0.5).
+    Simple preference optimization, eq. 6. s̄_w and s̄_l are the mean log-probs per scored token of the chosen and the
+    rejected response, and ℓ(z) = −log σ(z). Set the margin either as γ or as γ/β (default 0.5).
 
-    Use it if a reference model does not fit into memory and length must not be rewarded; tune β and γ together.
+    Use it if a reference model does not fit into memory, and length must not be rewarded. Tune β and γ together.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
+        policy_chosen_logps, policy_rejected_logps: `[B]`. Summed log-probs (nats).
+        chosen_lengths, rejected_lengths: `[B]`. Numbers of scored tokens.
         beta: > 0.
         gamma: ≥ 0, in reward units.
         gamma_beta_ratio: ≥ 0, nats per token.
         label_smoothing: ε in [0, 0.5), the probability that a label is flipped.
-        margins: `[B]`, the target margin of each pair in reward units, subtracted in addition to γ.
+        margins: `[B]`. A target margin for each pair, in reward units, which is subtracted in addition to γ.
 
     Raises:
         ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.
@@ -62,7 +64,7 @@ def simpo_loss(
 def target_margin(
     beta: float, gamma: float | None, gamma_beta_ratio: float | None, default_ratio: float = 0.5
 ) -> float:
-    """Return γ, given as γ or as γ/β; if neither is given, `default_ratio`·β.
+    """Return the target margin γ, which the caller gives as γ or as γ/β. If neither is given, it is `default_ratio`·β.
 
     Raises:
         ValueError: both are given, or the value is negative.
@@ -91,11 +93,12 @@ def alphapo_loss(
 ) -> LossOutput:
     """ℓ(β(ρ_w − ρ_l) − γ), ρ = (1 − e^(−α s̄))/α: SimPO with a reward whose shape depends on α.
 
-    AlphaPO. At α = 0 the loss uses the limit ρ → s̄, which is SimPO. Set the margin either as γ or as γ/β (default
-    0.04, so γ = 0.1 at β = 2.5). The reward is computed from s̄, never from a probability; for exponents −α·s̄ above
-    20, which no trained model reaches, e^x is replaced by its tangent. The implicit reward is β·ρ.
+    AlphaPO. s̄ is a response's mean log-prob per scored token, and ℓ(z) = −log σ(z). At α = 0, the loss uses the limit
+    ρ = s̄, which gives SimPO. Set the margin either as γ or as γ/β. The default of γ/β is 0.04, so γ = 0.1 at β = 2.5.
+    ρ is computed from s̄ without a probability, which could underflow. If the exponent x = −α·s̄ is above 20, which no
+    trained model reaches, e^x is replaced by its tangent. The implicit reward is β·ρ.
 
-    Use it if SimPO lowers the likelihood of both responses too much or too little: α controls this.
+    Use it if SimPO lowers the likelihood of both responses too much or too little. α controls this.
 
     Args:
         alpha: any finite number. beta, gamma, gamma_beta_ratio, label_smoothing: as in `simpo_loss`.
@@ -122,7 +125,8 @@ def simper_loss(
 ) -> LossOutput:
     """e^s̄_l − e^s̄_w: the difference of the inverse perplexities, without hyperparameters.
 
-    SimPER. The implicit reward is e^s̄, in (0, 1].
+    SimPER. s̄_w and s̄_l are the mean log-probs per scored token of the chosen and the rejected response. The implicit
+    reward is e^s̄, in (0, 1].
 
     Use it if you do not want to tune any hyperparameter of the loss.
 
@@ -143,9 +147,10 @@ def repo_loss(
 ) -> LossOutput:
     """max(0, γ − (s̄_w − s̄_l)): SimPO's limit for large β; a pair beyond the margin has no gradient.
 
-    ReLU-based preference optimization (RePO). The implicit reward is s̄.
+    ReLU-based preference optimization (RePO). s̄_w and s̄_l are the mean log-probs per scored token of the chosen and
+    the rejected response. The implicit reward is s̄.
 
-    Use it like SimPO, with one hyperparameter less.
+    Use it in place of SimPO if you want to tune one hyperparameter less.
 
     Args:
         gamma: γ ≥ 0, nats per token.

@@ -1,7 +1,7 @@
-"""Losses of triples, without a reference model: a pair to contrast, and a third, gold response to imitate.
+"""Losses of triples, without a reference model. A triple is a pair to contrast, and a third, gold response to imitate.
 
-s is a response's summed log-prob (nats), s̄ is s divided by the number of scored tokens, and NLL(y) = −s̄. g is the
-gold response.
+s is a response's summed log-prob (nats), s̄ is s divided by its number of scored tokens, and its NLL is −s̄. w, l and g
+are the chosen, the rejected and the gold response.
 """
 
 from torch import Tensor
@@ -31,15 +31,17 @@ def tpo_loss(
 ) -> LossOutput:
     """ℓ(β(s_w − s_l)) + α·NLL(y_g): a contrastive loss without a reference, plus the NLL of a third, gold response.
 
-    Triple preference optimization: CPO with the NLL of a response that is better than both responses of the pair. The
-    NLL of each gold response is divided by its own length; TRL averages over the tokens of a micro-batch. The implicit
-    reward is β·s.
+    Triple preference optimization: CPO with the NLL of a response y_g that is better than both responses of the pair.
+    s_w and s_l are the summed log-probs of the chosen and the rejected response, and ℓ(z) = −log σ(z). The NLL of a
+    gold response is divided by its number of scored tokens. In TRL, it is the mean over all gold tokens of a
+    micro-batch. The implicit reward is β·s.
 
-    Use it if prompts have a response worth imitating and two others to compare, such as an expert's solution and a pair
+    Use it if each prompt has a response to imitate and two others to compare, such as an expert's solution and a pair
     of the model's own responses.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, policy_gold_logps: `[B]`, summed, nats. gold_lengths: `[B]`, tokens.
+        policy_chosen_logps, policy_rejected_logps, policy_gold_logps: `[B]`. Summed log-probs (nats).
+        gold_lengths: `[B]`. Numbers of scored tokens.
         beta: > 0. tpo_alpha: α ≥ 0. label_smoothing: ε in [0, 0.5), as in `dpo_loss`.
 
     Raises:
@@ -70,14 +72,15 @@ def tpo_l_loss(
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ) + α·NLL(y_g): TPO on log-probs per token, with a target margin γ.
 
-    The length-controlled form of triple preference optimization: SimPO's contrastive loss plus TPO's NLL. The defaults
-    of β and γ are TRL's; γ is in reward units, so it is not multiplied by β. The implicit reward is β·s̄.
+    The length-controlled form of triple preference optimization: SimPO's contrastive loss plus TPO's NLL. s̄ is a
+    response's mean log-prob per scored token, y_g is the gold response, its NLL is −s̄_g, and ℓ(z) = −log σ(z). The
+    defaults of β and γ are TRL's. γ is in reward units, so it is not multiplied by β. The implicit reward is β·s̄.
 
     Use it instead of TPO if TPO makes responses longer.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, policy_gold_logps: `[B]`, summed, nats.
-        chosen_lengths, rejected_lengths, gold_lengths: `[B]`, tokens.
+        policy_chosen_logps, policy_rejected_logps, policy_gold_logps: `[B]`. Summed log-probs (nats).
+        chosen_lengths, rejected_lengths, gold_lengths: `[B]`. Numbers of scored tokens.
         beta: > 0. gamma: γ ≥ 0. tpo_alpha: α ≥ 0. label_smoothing: ε in [0, 0.5).
 
     Raises:
@@ -96,7 +99,9 @@ def tpo_l_loss(
 def sft_gold_loss(policy_gold_logps: Tensor, gold_lengths: Tensor) -> LossOutput:
     """NLL(y_g) = −s̄_g: supervised fine-tuning on the gold responses; each NLL is divided by the response's length.
 
-    Use it in a mixture, to add the NLL of a gold response to any loss of pairs, as TPO does.
+    s̄_g is the gold response's summed log-prob divided by its number of scored tokens.
+
+    Use it in a mixture with any loss of pairs, to add the NLL of the gold response, as TPO does.
 
     Raises:
         ValueError: shapes differ.
@@ -114,7 +119,11 @@ def _held_to_gold(
     tpo_alpha: float,
     label_smoothing: float,
 ) -> LossOutput:
-    """Return ℓ of the reward margin minus γ, plus α times the NLL of the gold response."""
+    """Return ℓ(z) + α·NLL(y_g), where z is the reward margin minus γ, α is `tpo_alpha`, and y_g is the gold response.
+
+    Args:
+        rewards: the rewards of the chosen and of the rejected responses, each `[B]`.
+    """
     check_positive(beta=beta)
     check_range("tpo_alpha", tpo_alpha, 0.0)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)

@@ -1,6 +1,6 @@
-"""Losses of single responses: APO-zero, NPO and the NLL for responses with labels, QRPO for responses with quantiles.
+"""Losses of single responses. APO-zero, NPO and the NLL take responses with labels, and QRPO responses with quantiles.
 
-r is the log-ratio of policy to reference, summed over a response (nats). A label of True means desirable.
+r is the log-ratio of policy to reference, summed over a response (nats). The label True means desirable.
 """
 
 import torch
@@ -31,14 +31,15 @@ def apo_zero_unpaired_loss(
 ) -> LossOutput:
     """λ_D(1 − σ(βr)) if desirable, λ_U·σ(βr) if not: raises or lowers the likelihood relative to the reference.
 
-    The two terms of anchored preference optimization, APO-zero (eq. 7): KTO with its baseline at 0. The implicit reward
-    is βr.
+    Anchored preference optimization, APO-zero (eq. 7). Desirable responses have the first of its two terms, and
+    undesirable ones the second. This is also KTO with a baseline z of 0. r is a response's log-ratio of policy to
+    reference, and σ is the logistic function. The implicit reward is βr.
 
-    Use it on labeled responses that are better (desirable) or worse than the model's own. The loss needs no batch
-    statistics.
+    Use it if desirable responses are better than the model's own responses, and undesirable ones are worse. The loss
+    needs no statistics of the batch.
 
     Args:
-        policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
+        policy_logps, ref_logps: `[B]`. Summed log-probs (nats). labels: `[B]` bool. True for desirable responses.
         beta: > 0. desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
 
     Raises:
@@ -57,13 +58,14 @@ def apo_zero_unpaired_loss(
 def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
     """(2/β)·softplus(βr) on the forget set (undesirable responses), 0 on the retain set (desirable responses).
 
-    Negative preference optimization: the rejected half of DPO, and gradient ascent as β → 0. `sft_weight` adds the SFT
-    loss of the retain set, the responses that the model must keep. The implicit reward is βr.
+    Negative preference optimization. r is a response's log-ratio of policy to reference. The loss is DPO's loss without
+    the chosen response. For β → 0, training becomes gradient ascent on the NLL of the forget set. `sft_weight` adds the
+    NLL of the retain set, which has the responses that the model must keep. The implicit reward is βr.
 
     Use it for unlearning: label the forget set False and the retain set True, and set `sft_weight`.
 
     Args:
-        policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool, False for the forget set.
+        policy_logps, ref_logps: `[B]`. Summed log-probs (nats). labels: `[B]` bool. False for the forget set.
         beta: > 0.
 
     Raises:
@@ -95,16 +97,19 @@ def qrpo_loss(
 ) -> LossOutput:
     """(Q − β log Z − βr)², Z = β(e^(1/β) − 1): the target of each reward is its value under the optimal policy.
 
-    Quantile Reward Policy Optimization, with Z from eq. 11. Q is the share of the reference's own responses to the
-    prompt that have at most this response's reward. Q is uniform under the reference, so Z is known. The authors' code
-    uses βe^(1/β) for Z. The exact Z used here changes the target by at least 1e-3 if β ≥ 0.2. The implicit reward is
-    βr. With `length_normalize=True`, β/|y| replaces β, also in Z, as the authors did for Apertus with β from 1 to 10.
+    Quantile Reward Policy Optimization, with Z from eq. 11. r is a response's log-ratio of policy to reference. Q is
+    the share of the reference's own responses to the prompt whose reward is at most that of this response. Under the
+    reference, Q is distributed uniformly, so the normalizer Z is known. The authors' code uses the approximation
+    βe^(1/β) for Z. The exact Z used here changes the target by at least 1e-3 if β ≥ 0.2. The implicit reward is βr.
 
-    Use it if responses have rewards, from a reward model or a verifier, rather than preferences.
+    With `length_normalize=True`, β/|y| replaces β everywhere, including Z, where |y| is the number of scored tokens.
+    The authors did this for Apertus, with β from 1 to 10.
+
+    Use it if responses have rewards from a reward model or a verifier, and no preferences.
 
     Args:
-        policy_logps, ref_logps: `[B]`, summed, nats. lengths: `[B]`, scored tokens.
-        quantiles: `[B]`, Q in [0, 1].
+        policy_logps, ref_logps: `[B]`. Summed log-probs (nats). lengths: `[B]`. Numbers of scored tokens.
+        quantiles: `[B]`. Q in [0, 1].
         beta: > 0; the authors tried 3e-4 to 3e-3.
 
     Raises:
@@ -116,7 +121,7 @@ def qrpo_loss(
     betas = torch.full_like(ratios, beta)
     if length_normalize:
         betas = per_token(betas, lengths)
-    # β log Z, computed without e^(1/β), which would overflow.
+    # `partition` is β log Z, computed without e^(1/β), which would overflow.
     partition = betas * (betas.log() + log1mexp(-1 / betas)) + 1
     rewards = betas * ratios
     return LossOutput((quantiles - partition - rewards).square(), rewards.detach()[:, None])
@@ -126,7 +131,9 @@ def qrpo_loss(
 def sft_unpaired_loss(policy_logps: Tensor, lengths: Tensor, labels: Tensor) -> LossOutput:
     """NLL(y) = −s̄ for a desirable response, 0 for an undesirable one: `sft` on unpaired examples.
 
-    Use it as `sft`: the trainer selects this form if the dataset has labels.
+    s̄ is a response's summed log-prob divided by its number of scored tokens.
+
+    Use it through the name `sft`: the trainer selects this form if the dataset has labels.
 
     Raises:
         ValueError: shapes differ.

@@ -1,4 +1,4 @@
-"""Pair losses that need the prediction over the whole vocabulary: TDPO for its KL, MallowsPO for its entropy.
+"""Pair losses that need the whole predicted distribution of each token: TDPO for its KL, MallowsPO for its entropy.
 
 r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats); h = r_w − r_l; ℓ(z) = −log σ(z).
 """
@@ -30,13 +30,16 @@ def tdpo1_loss(
 ) -> LossOutput:
     """ℓ(β(h − (D_l − D_w))), D = Σ_t KL(π_ref(·|y_<t) ‖ π(·|y_<t)) over the vocabulary, differentiated.
 
-    Token-level DPO, first form. The implicit reward is β(r + D).
+    Token-level DPO, first form. r is a response's log-ratio of policy to reference, h = r_w − r_l, and
+    ℓ(z) = −log σ(z). D sums the KL divergences at all scored tokens of a response, and has a gradient. The implicit
+    reward is β(r + D).
 
-    Use it to keep the policy close to the reference at every token; the authors prefer `tdpo2`.
+    Use it to keep the policy close to the reference at every token. The authors prefer `tdpo2`.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        policy_chosen_kl, policy_rejected_kl: `[B]`, D of each response, summed over its tokens, nats.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
+        policy_chosen_kl, policy_rejected_kl: `[B]`. D of each response (nats).
         beta: > 0.
 
     Raises:
@@ -57,15 +60,15 @@ def tdpo2_loss(
 ) -> LossOutput:
     """ℓ(β(h − α(D_l − sg D_w))): TDPO1 without the gradient of the chosen response's KL, and both KLs weighted by α.
 
-    Token-level DPO, second form; D as in `tdpo1_loss`. Because the chosen KL has no gradient, the loss does not
-    increase it; the rejected response is kept close to the reference. α = 0 gives DPO. The implicit reward is β(r +
-    αD).
+    Token-level DPO, second form. The symbols are those of `tdpo1_loss`, and sg stops the gradient. The chosen KL has no
+    gradient, so the loss does not increase it. The rejected KL keeps the predictions for the rejected response close to
+    the reference. α = 0 gives DPO. The implicit reward is β(r + αD).
 
-    Use it if DPO drifts too far from the reference. For the KL, the reference's logits are computed in every chunk,
-    too.
+    Use it if DPO drifts too far from the reference. The KL takes additional time: for each chunk of tokens, the
+    reference's logits are computed together with the policy's.
 
     Args:
-        policy_chosen_kl, policy_rejected_kl: `[B]`, nats. alpha: α ≥ 0.
+        policy_chosen_kl, policy_rejected_kl: `[B]`. D of each response (nats). alpha: α ≥ 0.
 
     Raises:
         ValueError: as in `tdpo1_loss`.
@@ -96,15 +99,19 @@ def mallows_dpo_loss(
 ) -> LossOutput:
     """ℓ(−c log(H)·βh): pairs with a low-entropy reference count more; H is the reference's entropy divided by log V.
 
-    MallowsPO-θ with the paper's proxy for the dispersion, −log H. H is the reference's mean token entropy divided by
-    log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the
-    form that the authors ran.
+    MallowsPO-θ with the paper's proxy for the dispersion, −log H. H is the mean entropy of the reference's predictions
+    at the tokens of a response, divided by log V and averaged over the two responses. V is the size of the vocabulary.
+    r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response, h = r_w − r_l, and
+    ℓ(z) = −log σ(z). The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the form that the authors
+    used.
 
-    Use it if some prompts have one right answer and others have many: prompts with one right answer then count more.
+    Use it if some prompts have one right answer and others have many. Prompts with one right answer then count more.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        ref_chosen_normalized_entropy, ref_rejected_normalized_entropy: `[B]`, in [0, 1].
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
+        ref_chosen_normalized_entropy, ref_rejected_normalized_entropy: `[B]`. The mean token entropy of each response
+            under the reference, divided by log V, in [0, 1].
         beta: > 0. dispersion_scale: c > 0.
 
     Raises:
@@ -128,14 +135,17 @@ def mallows_dpo_per_token_loss(
 ) -> LossOutput:
     """ℓ(−c log(H)·β(s̄_w − s̄_l)): `mallows_dpo` on log-probs per token; the reference is only used for H.
 
-    MallowsPO as configured in the authors' code. There, c = 0.29 brings −c log(H) close to 1 on their data. The
-    implicit reward is −c log(H)·βs̄.
+    MallowsPO as configured in the authors' code. s̄ is a response's mean log-prob per scored token under the policy. c,
+    H and ℓ are those of `mallows_dpo_loss`. The authors chose c = 0.29, because −c log(H) is then close to 1 on their
+    data. The implicit reward is −c log(H)·βs̄.
 
     Use it to reproduce the results of the authors' code.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
-        ref_chosen_normalized_entropy, ref_rejected_normalized_entropy, beta, dispersion_scale: as `mallows_dpo_loss`.
+        policy_chosen_logps, policy_rejected_logps: `[B]`. Summed log-probs (nats).
+        chosen_lengths, rejected_lengths: `[B]`. Numbers of scored tokens.
+        ref_chosen_normalized_entropy, ref_rejected_normalized_entropy, beta, dispersion_scale: as in
+            `mallows_dpo_loss`.
 
     Raises:
         ValueError: as in `mallows_dpo_loss`.
@@ -152,7 +162,7 @@ def mallows_dpo_per_token_loss(
 
 
 def _dispersion(chosen_entropy: Tensor, rejected_entropy: Tensor, scale: float) -> Tensor:
-    """Return −c log H, `[B]`; H is the mean of the two entropies, at least the smallest normal number of its dtype."""
+    """Return −c log H, `[B]`. H is the mean of the two normalized entropies, clamped so that log H is finite."""
     entropy = ((chosen_entropy + rejected_entropy) / 2).detach()
     return -scale * entropy.clamp(min=torch.finfo(entropy.dtype).tiny).log()
 

@@ -1,1 +1,1 @@
-"""The objective of a configuration: its losses with their hyperparameters, modifiers and inputs."""
+"""The objective that a configuration defines: its losses, with their hyperparameters, modifiers and inputs."""

@@ -1,4 +1,4 @@
-"""Build the objective of a configuration: look up losses, distribute hyperparameters, and check the combination."""
+"""Build the objective that a configuration defines: look up its losses, assign hyperparameters, check for conflicts."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -27,28 +27,28 @@ def build_objective(
     columns: Collection[str] = (),
     use_win_rates: bool = False,
 ) -> Objective:
-    """Build the objective of a configuration.
+    """Build the objective that a configuration defines.
 
     Args:
         loss_types: names or aliases of losses.
-        loss_weights: one weight per loss; all are 1 by default.
-        loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), keyed by loss for several (`{"simpo":
-            {"gamma": 0.5}}`).
-        shared_params: hyperparameters for all losses that have them (`beta`, `label_smoothing`).
-        sft_weight: the weight of an additional loss, the NLL of the chosen response; 0 adds nothing.
-        use_weighting: multiplies the losses of each pair by the pair's WPO weight.
-        reference_free: removes the reference from the losses that support this.
-        kind: the kind of examples in the data; by default the first kind that all losses can compare.
-        modifiers: applied, in this order, to the inputs of the losses that have rewards.
-        columns: the optional columns of the data (`ExampleKind.optional_columns`). `weights` multiply the examples'
-            losses, `margins` go to the losses that subtract a margin, and every other column to the losses that take
-            it.
-        use_win_rates: turns `chosen_win_rates` into soft labels; otherwise losses read win rates only if they require
-            them.
+        loss_weights: one weight per loss. By default, all weights are 1.
+        loss_params: hyperparameters. For a single loss, they may be keyed by hyperparameter (`{"gamma": 0.5}`). For
+            several losses, they are keyed by loss first (`{"simpo": {"gamma": 0.5}}`).
+        shared_params: hyperparameters that every loss gets if it has them, such as `beta` and `label_smoothing`.
+        sft_weight: the weight of an additional loss, the NLL of the chosen response. With 0, it is not added.
+        use_weighting: whether to multiply the losses of each pair by the pair's WPO weight.
+        reference_free: whether to compute losses without the reference, if they support this.
+        kind: the kind of examples in the data. By default, it is the first kind that all losses can compare.
+        modifiers: modifiers of the inputs of all losses that have rewards. They are applied in this order.
+        columns: the optional columns that the data have (`ExampleKind.optional_columns`). `weights` multiply the losses
+            of examples. Every other column, such as `margins`, is passed to the losses that have a parameter of this
+            name.
+        use_win_rates: whether to use `chosen_win_rates` as soft labels. Otherwise, only losses that require win rates
+            get them.
 
     Raises:
-        ValueError: a name is unknown, no loss takes a parameter (the message lists the valid ones),
-            the settings cannot be combined, or a value is out of range.
+        ValueError: a name is unknown, no loss has a given hyperparameter (the message lists those that exist), the
+            settings cannot be combined, or a value is out of range.
     """
     specs, weights = _weighted(loss_types, loss_weights, sft_weight)
     specs = _of_one_kind(specs, kind)
@@ -77,7 +77,7 @@ _WIN_RATES = "chosen_win_rates"
 def _weighted(
     loss_types: list[str], loss_weights: list[float] | None, sft_weight: float
 ) -> tuple[list[LossSpec], list[float]]:
-    """Return the losses and their weights, including the additional NLL of the chosen response."""
+    """Return the losses and their weights, including the loss `sft` if `sft_weight` is above 0."""
     specs = [get_loss(name) for name in loss_types]
     weights = list(loss_weights) if loss_weights is not None else [1.0] * len(specs)
     if not specs:
@@ -94,7 +94,7 @@ def _weighted(
 
 
 def _refuse_hard_labels(specs: list[LossSpec]) -> None:
-    """Raise `ValueError` if a loss with rewards cannot use win rates as soft labels."""
+    """Raise `ValueError` if no loss has rewards, or if a loss with rewards cannot use win rates as soft labels."""
     labeled = [spec for spec in specs if spec.computes_reward_metrics]
     others = [spec.name for spec in labeled if _WIN_RATES not in spec.optional_inputs] or ([] if labeled else ["sft"])
     if others:
@@ -105,7 +105,11 @@ def _refuse_hard_labels(specs: list[LossSpec]) -> None:
 
 
 def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
-    """Add the modifiers to the terms that have rewards. Raises `ValueError` if a modifier does not apply."""
+    """Add the modifiers to the terms that have rewards.
+
+    Raises:
+        ValueError: a modifier cannot modify one of these terms, or no term has rewards.
+    """
     rewarded = [term for term in terms if term.spec.computes_reward_metrics]
     for modifier in modifiers:
         reasons = [(term.spec.name, modifier.refusal(term)) for term in rewarded] or [
@@ -118,7 +122,14 @@ def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Te
 
 
 def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:
-    """Return the losses' forms for the given kind of examples, or else for the first kind that all losses take."""
+    """Return the form of each loss for one kind of examples.
+
+    The kind is `kind`, if it is given and all losses have a form for it. Otherwise, it is the first kind for which all
+    losses have a form.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
     for tried in ([kind] if kind else []) + [spec.kind for spec in specs]:
         forms = [spec.for_kind(tried) for spec in specs]
         if all(form.fits(tried) for form in forms):
@@ -165,7 +176,12 @@ def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, column
 
 
 def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:
-    """Return each loss's hyperparameters, keyed by loss. Raises `ValueError` for parameters that no loss takes."""
+    """Return the hyperparameters of each loss, keyed by loss.
+
+    Raises:
+        ValueError: a hyperparameter belongs to no loss, is given twice, has no effect, or has a value of the wrong
+            type.
+    """
     is_by_name = loss_params and all(isinstance(values, dict) for values in loss_params.values())
     by_name = loss_params if len(specs) > 1 or is_by_name else {specs[0].name: loss_params}
     own = {}
@@ -196,7 +212,7 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
 
 
 def _refuse_overridden(shared: dict[str, Any], own: dict[str, dict[str, Any]], specs: list[LossSpec]) -> None:
-    """Raise `ValueError` for a shared value that no loss uses, because `loss_params` has another one for each."""
+    """Raise `ValueError` for a shared value without effect, because `loss_params` sets another one for every loss."""
     for name, value in shared.items():
         others = [own.get(spec.name, {}).get(name, value) for spec in specs if name in spec.defaults]
         if others and value not in others:
@@ -206,7 +222,7 @@ def _refuse_overridden(shared: dict[str, Any], own: dict[str, dict[str, Any]], s
 
 
 def _refuse_other_types(params: dict[str, Any], spec: LossSpec) -> None:
-    """Raise `ValueError` for a value that is no number, or no truth, if the hyperparameter's default is one."""
+    """Raise `ValueError` for a value that is not a number if the default is a number, and the same for bool."""
     for name, value in params.items():
         default = spec.defaults.get(name)
         if isinstance(default, bool):
@@ -216,7 +232,7 @@ def _refuse_other_types(params: dict[str, Any], spec: LossSpec) -> None:
             raise ValueError(f"{name}={value!r} of {spec.name} must be a number, without quotes")
 
 
-# Values at which a hyperparameter has no effect; they are accepted for losses without that hyperparameter.
+# Values at which a hyperparameter has no effect. They are accepted even if no loss has the hyperparameter.
 _OFF = {
     "label_smoothing": 0.0,
     "gamma": 0.0,
@@ -237,7 +253,10 @@ def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
 
 
 def _meant(unknown: list[str], params: dict[str, Any], specs: list[LossSpec]) -> str:
-    """Return the fix for hyperparameters that the losses do not take. A name that no loss has is a misspelling."""
+    """Return advice for hyperparameters that the losses of the objective do not have.
+
+    If no registered loss has a hyperparameter of this name, the name may be misspelled, so suggest a similar one.
+    """
     known = {name for loss in list_losses() for name in get_loss(loss).defaults}
     taken = [name for spec in specs for name in spec.defaults]
     near = {name: get_close_matches(name, taken, 1) for name in unknown if name not in known}

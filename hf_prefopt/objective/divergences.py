@@ -1,7 +1,8 @@
-"""f-DPO: replaces the reverse KL between policy and reference by another divergence, which changes the rewards.
+"""f-DPO: replaces the reverse KL between policy and reference by another f-divergence, which changes the rewards.
 
-DPO's reward βr = β log π/π_ref comes from the reverse KL. With another f-divergence the reward is β f′(π/π_ref)
-(2309.16240, theorem 1). A modified loss gets f′ instead of r, and logs β f′ as its implicit reward.
+DPO's reward βr = β log(π/π_ref) follows from the reverse KL. With another f-divergence, the reward is β f′(π/π_ref),
+where f′ is the derivative of f (2309.16240, theorem 1). A modified loss gets f′ instead of r, and logs β f′ as its
+implicit reward.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from hf_prefopt.objective.term import Inputs, Modifier, Names, Term, is_sum, pol
 
 
 def _alpha(ratio: Tensor, alpha: float) -> Tensor:
-    """Return (e^{(α−1)r} − 1)/(α − 1), or its limit r at α = 1."""
+    """Return (e^{(α−1)r} − 1)/(α − 1) for the log-ratio r, or the limit r at α = 1."""
     return ratio if alpha == 1 else expm1_to_tangent((alpha - 1) * ratio) / (alpha - 1)
 
 
-# f′(e^r) of each divergence, shifted to be 0 at r = 0; above x = 20, e^x is replaced by its tangent.
+# f′(e^r) of each divergence as a function of r and α, shifted so that it is 0 at r = 0. For exponents x above 20, e^x
+# is replaced by its tangent.
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda ratio, _: ratio,
     "forward_kl": lambda ratio, _: -expm1_to_tangent(-ratio),
@@ -35,15 +37,16 @@ ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 
 
 def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """Return f′(π/π_ref), computed from r = log(π/π_ref). With an f-divergence, a loss gets f′ instead of r.
+    """Return f′(π/π_ref), computed from r = log(π/π_ref). f′ is the derivative of the f-divergence's function f.
 
     f′ is r for reverse_kl, 1 − e^{−r} for forward_kl, log 2 + log σ(r) for js_divergence, and (e^{(α−1)r} − 1)/(α − 1)
-    for alpha_divergence. The last is forward_kl at α = 0 and reverse_kl at α = 1. Above an exponent of 20, exponentials
-    are replaced by their tangents.
+    for alpha_divergence. alpha_divergence equals forward_kl at α = 0 and reverse_kl at α = 1. For exponents above 20,
+    exponentials are replaced by their tangents.
 
     Args:
-        ratio: r, any shape, nats.
+        ratio: the log-ratios r (nats), of any shape.
         divergence: one of the four names above, or "js" or "alpha".
+        alpha: α of alpha_divergence. The other divergences do not use it.
 
     Raises:
         ValueError: the divergence is unknown, or α is not finite.
@@ -58,13 +61,20 @@ def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -
 
 @dataclass(frozen=True)
 class FDivergence(Modifier):
-    """A modifier that replaces each log-ratio r by f′; the loss must depend on log-probs only through log-ratios.
+    """A modifier that replaces each log-ratio r of policy to reference by f′(e^r); see `f_prime`.
 
-    A trial on synthetic numbers checks this, so that users' losses need no declaration: the loss must not change when
-    policy and reference log-probs are shifted together. The loss must also not change when the log-probs of all
-    responses to a prompt are shifted equally, in sums or per token. The reason is that the reward equals f′ up to the
-    divergence's normalizer, a constant for each prompt, which cancels only in differences between responses. Losses
-    that judge each response on its own are therefore rejected, as in TRL.
+    A loss must meet two conditions. `refusal` tests both with synthetic log-probs, so that users need not declare
+    anything for their own losses.
+
+    1. The loss depends on log-probs only through log-ratios. It must not change if the log-probs of policy and
+       reference are shifted together.
+    2. The loss depends only on differences between the responses to a prompt. It must not change if the log-ratios of
+       all responses to the prompt are shifted equally, in sums or per token. The reason is that the reward equals β f′
+       only up to a constant for each prompt, the divergence's normalizer, which cancels in differences. Losses that
+       judge each response on its own are therefore rejected, as in TRL.
+
+    Attributes:
+        divergence, alpha: the arguments of `f_prime`.
     """
 
     divergence: str
@@ -102,7 +112,7 @@ class FDivergence(Modifier):
 
 
 def _is_of_log_ratios(term: Term) -> bool:
-    """Return whether losses of synthetic examples stay the same if policy and reference log-probs shift together."""
+    """Return whether the losses of synthetic examples stay the same if policy and reference log-probs shift equally."""
     inputs, noise = _varied_examples(term)
     moved = dict(inputs)
     for policy, reference in policy_and_reference(term.names):
@@ -112,7 +122,10 @@ def _is_of_log_ratios(term: Term) -> bool:
 
 
 def _is_of_differences(term: Term) -> bool:
-    """Return whether the losses stay the same if an example's log-ratios all shift equally, in sum or per token."""
+    """Return whether the losses of synthetic examples stay the same if all log-ratios of an example shift equally.
+
+    The sums of all responses shift by the same amount, or by the same amount per token. One of the two must hold.
+    """
     inputs, noise = _varied_examples(term)
     of_example = noise((len(next(iter(inputs.values()))),))
     policies = [policy for policy, _ in policy_and_reference(term.names)]
@@ -130,7 +143,10 @@ def _lengths_of(policy: str) -> str:
 
 
 def _varied_examples(term: Term) -> tuple[Inputs, Callable[[torch.Size | tuple[int, ...]], Tensor]]:
-    """Return reproducible synthetic inputs with distinct sums, and a function for random numbers in [0, 3)."""
+    """Return reproducible synthetic inputs whose sums all differ, and a function that draws random numbers in [0, 3).
+
+    The function takes a shape.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The objective: the weighted sum of the losses of a configuration, as one function of named inputs."""
+"""The objective: the weighted sum of the losses that a configuration names, as one function of named inputs."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -16,31 +16,32 @@ from hf_prefopt.losses.registry import token_stats_of
 from hf_prefopt.objective.term import State, Term
 from hf_prefopt.objective.trial import try_loss
 
-# The name of the routers' auxiliary loss among the inputs, and in the logs.
+# The name of a mixture of experts' auxiliary loss, both as an input of the objective and in the logs.
 AUX_LOSS = "aux_loss"
 AsLogged = Callable[[dict[str, Metric], dict[str, Tensor]], dict[str, Metric]]
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
 class Objective:
-    """The weighted sum Σ_k w_k · loss_k, from one forward pass; every component is logged under its own name.
+    """The weighted sum Σ_k w_k · loss_k of several losses, where w_k is the weight of loss k.
 
-    The implicit rewards are those of the first loss that has rewards. With `use_weighting`, each loss that has rewards
-    is multiplied by the pair's WPO weight. With `use_weights`, the total of an example is multiplied by the example's
-    weight; the loss of a step stays the mean over its examples and is not divided by the sum of the weights. The
-    auxiliary loss of a mixture of experts is added with its own coefficient, and these weights do not affect it.
+    All losses are computed from one forward pass, and every component is logged under its own name. The implicit
+    rewards are those of the first loss that has rewards. With `use_weighting`, each loss that has rewards is multiplied
+    by the pair's WPO weight. With `use_weights`, the weighted sum of an example is multiplied by the example's weight.
+    The loss of a step is still the mean over its examples; it is not divided by the sum of the weights. The auxiliary
+    loss of a mixture of experts is added with its own coefficient, and none of these weights affects it.
 
     Attributes:
         kind: the kind of examples that all losses compare.
         state: the numbers that losses keep across batches, as scalar tensors, keyed by loss and name.
-        aux_loss_coef: the coefficient of the routers' auxiliary loss; set by the trainer.
-        progress, epoch: the fraction of the run's optimizer steps that is done, in [0, 1], and the number of the epoch,
-            for losses that depend on them; set by the trainer.
-        as_logged: converts the metrics of the examples and the inputs of the losses into the logged metrics;
-            `hf_prefopt.trl` sets it to follow TRL's conventions.
+        aux_loss_coef: the coefficient of the auxiliary loss of a mixture of experts. The trainer sets it.
+        progress: the fraction of the run's optimizer steps that is done, in [0, 1]. The trainer sets it.
+        epoch: the number of the epoch, from 0. The trainer sets it.
+        as_logged: a function that takes the metrics of the examples and the inputs of the losses, and returns the
+            metrics to log. `hf_prefopt.trl` sets it to follow TRL's conventions.
 
     Raises:
-        ValueError: at construction, if a loss fails in a trial on two synthetic examples; see `trial.try_loss`.
+        ValueError: a loss fails in a trial on two synthetic examples at construction; see `trial.try_loss`.
     """
 
     def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
@@ -62,15 +63,15 @@ class Objective:
 
     @property
     def needs_global_batch(self) -> bool:
-        """Whether any loss of an example depends on the other examples of the global batch."""
+        """Whether, for any of the losses, the loss of an example depends on other examples of the global batch."""
         return any(term.spec.needs_global_batch for term in self.terms)
 
     @cached_property
     def ignores_shared_tokens(self) -> bool:
-        """Whether the losses do not change if tokens that both responses start with count as part of the prompt.
+        """Whether tokens with which both responses of a pair begin can be scored as part of the prompt.
 
-        Counting these tokens as responses instead shifts the sums of both responses equally. A trial on synthetic
-        examples checks whether the losses depend on that.
+        Scoring them as part of the responses adds the same log-probs to the sums of both responses, and the same number
+        of tokens to their lengths. A trial on synthetic examples checks whether this leaves the losses unchanged.
         """
         if self.kind is not PAIRS or not all(map(_counts_tokens, self.inputs)):
             return False
@@ -110,13 +111,18 @@ class Objective:
         names = dict.fromkeys((*self.inputs, *self.kind.metric_inputs))
         inputs = loss_inputs(names, batch, policy, reference)
         if policy.aux_loss is not None:
-            # Every example gets the value of its forward pass, so the mean over examples weights each pass by its
-            # examples.
+            # Every example gets the auxiliary loss of its forward pass, so the mean over the examples of a step weights
+            # each forward pass by its number of examples.
             inputs[AUX_LOSS] = policy.aux_loss.to(policy.token_logps.dtype).expand(len(batch["rows"]))
         return inputs
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
-        """Return the weighted sum of the losses. `inputs`: see `loss_inputs`. `training`: False in evaluation."""
+        """Return the weighted sum of the losses.
+
+        Args:
+            inputs: the result of `read`, or tensors with the same names.
+            training: False in evaluation.
+        """
         outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
@@ -139,7 +145,10 @@ class Objective:
         self.load_state_dict(initial)
 
     def update_state(self, inputs: dict[str, Tensor]) -> None:
-        """Update the state of the losses with the global batch of a step, once, before the losses are computed."""
+        """Update the state of the losses with the inputs of a step's global batch.
+
+        Call this once per step, before the losses are computed.
+        """
         for term in self.terms:
             if term.spec.name in self.state:
                 self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
@@ -149,7 +158,7 @@ class Objective:
         return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, float]]) -> None:
-        """Load the result of `state_dict`; losses that it does not contain keep their current state."""
+        """Load the result of `state_dict`. Losses that are missing in it keep their current state."""
         for loss in self.state.keys() & saved.keys():
             self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
 
@@ -159,7 +168,7 @@ class Objective:
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
 
     def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
-        """Return the output of one loss; with `use_weighting`, losses that have rewards get the pair's WPO weight."""
+        """Return the output of one loss. With `use_weighting`, a loss that has rewards is multiplied by WPO weights."""
         run_inputs = {
             "state": self._state_beside(term, inputs),
             "progress": self.progress,
@@ -174,26 +183,30 @@ class Objective:
         return output
 
     def _check_on_made_up_numbers(self) -> None:
-        """Try every loss, so that a mistake raises an error now and not at the first step; see `trial.try_loss`."""
+        """Try every loss with `trial.try_loss`, so that mistakes raise an error now and not at the first step."""
         for term in self.terms:
             with torch.device("cpu"):  # also if the caller has another default device
                 try_loss(term, partial(self._weighted, term, training=True), self.inputs)
 
 
 def _counts_tokens(name: str) -> bool:
-    """Return whether a trial can shift an input: a sum over tokens, a length, or an input unrelated to tokens."""
+    """Return whether the trial in `ignores_shared_tokens` can handle an input.
+
+    It can handle sums over tokens, lengths, and inputs that do not depend on tokens.
+    """
     of_tokens = ("token", "alignment", "entropy", "_kl", "gold", "mismatched", "prompt")
     return not any(part in name for part in of_tokens)
 
 
 class ResponseStatistics:
-    """The statistics of a batch's responses under one model, each computed on first access and then cached.
+    """The statistics of a batch's responses under one model. Each is computed at its first access, and then cached.
 
     Attributes:
-        logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as in `ResponseScores`.
-        token_logps: `[R, T]`, log-probs (nats) of each response's scored tokens, in order, padded with 0; T is the
+        logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, for the batch's R responses, as in
+            `ResponseScores`.
+        token_logps: `[R, T]`. Log-probs (nats) of each response's scored tokens, in order, padded with 0. T is the
             length of the longest response of the batch.
-        token_mask: `[R, T]` bool, False for padding.
+        token_mask: `[R, T]` bool. False for padding.
     """
 
     def __init__(self, scores: ResponseScores, longest: int):
@@ -217,10 +230,15 @@ class ResponseStatistics:
 def loss_inputs(
     names: Iterable[str], batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
 ) -> dict[str, Tensor]:
-    """Return the inputs for the examples of a batch, keyed by the names that losses use (see `losses.registry`).
+    """Return the inputs of losses for the examples of a batch, keyed by name.
+
+    Args:
+        names: the names of the inputs, which are parameters of losses (see `losses.registry`).
+        batch: the batch.
+        policy, reference: the scores of the batch's responses under each model. The reference may be `None`.
 
     Returns:
-        Tensors `[B]`, `[B, T]` for tokens or `[B, K]` for lists; gradients flow to the policy's scores.
+        Tensors `[B]`, or `[B, T]` for tokens, or `[B, K]` for lists. Gradients flow to the policy's scores.
     """
     given = {"policy": policy, "ref": reference}
     scores = {model: ResponseStatistics(scores, batch["longest_response"]) for model, scores in given.items() if scores}

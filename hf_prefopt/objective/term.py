@@ -1,8 +1,9 @@
 """One loss of the objective, with its weight and hyperparameters, and the modifiers of its inputs.
 
-A modifier works for many losses: it names the inputs that it reads, and gives the reason if it cannot modify a loss.
-`objective.token_sums` changes the sums over tokens, and `objective.divergences` the divergence behind the reward. The
-objective does not modify losses without rewards, such as the NLL that `sft_weight` adds.
+A modifier changes the inputs of a loss before the loss is computed, and works for many losses. It names the inputs that
+it reads. If it cannot modify a loss, it gives the reason. The modifier in `objective.token_sums` changes the sums over
+tokens, and the one in `objective.divergences` changes the divergence from which the rewards follow. Losses without
+rewards, such as the NLL that `sft_weight` adds, are not modified.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ State = dict[str, Tensor]
 
 
 class Modifier(ABC):
-    """A change of a loss's inputs."""
+    """A function that changes the inputs of a loss before the loss is computed."""
 
     @property
     @abstractmethod
@@ -38,7 +39,7 @@ class Modifier(ABC):
 
     @abstractmethod
     def reads(self, names: Names) -> Names:
-        """Return the names of the inputs that a batch must provide for the modified inputs `names`."""
+        """Return the names of the inputs from which the modifier computes the inputs `names`."""
 
     @abstractmethod
     def __call__(self, inputs: Inputs, names: Names) -> Inputs:
@@ -50,9 +51,12 @@ class Term:
     """One loss of the objective: its weight, its hyperparameters, and its inputs.
 
     Attributes:
+        spec: the loss.
+        weight: the factor of the loss in the objective.
+        params: hyperparameters that override the loss's defaults.
         reference_free: whether the loss is called without its reference inputs.
-        absent: optional inputs that the data do not have; the loss is called without them.
-        modifiers: applied to the inputs in this order.
+        absent: the names of optional inputs that the data do not have. The loss is called without them.
+        modifiers: the modifiers of the inputs, which are applied in this order.
     """
 
     spec: LossSpec
@@ -70,7 +74,10 @@ class Term:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the tensors that a batch must provide: `names`, or what modifiers compute these tensors from."""
+        """The names of the tensors that a batch must provide.
+
+        Without modifiers, these are `names`. Otherwise, they are the tensors from which the modifiers compute `names`.
+        """
         return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
 
     @property
@@ -84,26 +91,35 @@ class Term:
         return {} if self.spec.state is None else self.spec.state.initial
 
     def __call__(self, inputs: dict[str, Tensor], run_inputs: Mapping[str, Any]) -> LossOutput:
-        """Return the unweighted loss. Of `run_inputs`, the loss gets those for which it has a parameter."""
+        """Return the loss, without its weight in the objective.
+
+        Args:
+            inputs: tensors, keyed by the names in the property `inputs`.
+            run_inputs: values of `state`, `progress`, `epoch` and `training`. The loss gets those for which it has a
+                parameter.
+        """
         asked = {name: run_inputs[name] for name in self.spec.run_inputs if name in run_inputs}
         return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
-        """Return the loss's state after a global batch with these inputs; `state` itself for a loss without state."""
+        """Return the loss's state after a global batch with these inputs. Without a state, return `state` itself."""
         if self.spec.state is None:
             return state
         with torch.no_grad():
             return self.spec.state.update(state, **self._modified(inputs), **self.params)
 
     def _modified(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that are passed to the loss."""
+        """Apply the modifiers, and return the tensors that are passed to the loss."""
         for modifier in self.modifiers:
             inputs = modifier(inputs, self.names)
         return {name: inputs[name] for name in self.names}
 
 
 def policy_and_reference(names: Names) -> list[tuple[str, str]]:
-    """Return the pairs (policy, reference) among `names` that hold summed log-probs of the same response."""
+    """Return pairs of names, such as ("policy_chosen_logps", "ref_chosen_logps").
+
+    Both names of a pair are in `names`. They hold the summed log-probs of one response under policy and reference.
+    """
     sums = [name for name in names if is_sum(name) and name.startswith("policy_")]
     pairs = [(name, "ref_" + name.removeprefix("policy_")) for name in sums]
     return [(policy, reference) for policy, reference in pairs if reference in names]

@@ -1,9 +1,10 @@
 """Modifiers of token log-probs: a loss gets sums over modified token log-probs instead of the plain sums.
 
-The steps run in this order: humanline clamps each log-ratio, the dataset's token weights are applied, and LD-DPO
-weights the tail of the longer response. Losses that divide by a length still divide by the number of scored tokens.
+Up to three steps modify the token log-probs, in this order: humanline clamps each log-ratio to the reference, the token
+weights of the dataset are applied, and LD-DPO weights the tokens by which one response is longer than the other. Losses
+that divide by a length still divide by the number of scored tokens.
 
-Shapes: B examples, T tokens of the longest response. Padding is 0 and stays 0.
+In shapes, B is the number of examples, and T the number of tokens of the longest response. Padding is 0 and stays 0.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class TokenStep(ABC):
     """A modification of token log-probs `[B, T]` before they are summed.
 
     Attributes:
-        clamps_ratios: True if the step clamps log-ratios to the reference, False if it weights tokens.
+        clamps_ratios: True if the step clamps the log-ratios of policy to reference. False if it weights tokens.
     """
 
     clamps_ratios: ClassVar[bool] = False
@@ -46,16 +47,25 @@ class TokenStep(ABC):
 
     @abstractmethod
     def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
-        """Return the modified token log-probs."""
+        """Return the modified token log-probs, `[B, T]`.
+
+        Args:
+            tokens: `[B, T]`. The token log-probs of a response.
+            model, response: which log-probs these are, as in `reads`.
+            inputs: all inputs of the objective, keyed by name.
+        """
 
 
 @dataclass(frozen=True)
 class Humanline(TokenStep):
     """A step that clamps each token's log-ratio to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
 
-    The step follows the code of HALOs; the default bounds are −1 and 1.5 nats. A clamped token has no gradient. HALOs
-    also copies the policy into the reference at every optimizer step; for this, use `sync_ref_model` with
-    `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0` (see `reference.moving`).
+    The step follows the code of HALOs. A clamped token has no gradient. HALOs also copies the policy into the reference
+    at every optimizer step. To do this here, set `sync_ref_model=True`, `ref_model_sync_steps=1` and
+    `ref_model_mixup_alpha=1.0` (see `reference.moving`).
+
+    Attributes:
+        low, high: the bounds in nats.
     """
 
     low: float = -1.0
@@ -97,14 +107,14 @@ class ColumnWeights(TokenStep):
 
 @dataclass(frozen=True)
 class LengthDesensitized(TokenStep):
-    """A step that weights tokens beyond the length of the pair's shorter response by α.
+    """A step that multiplies token log-probs by α if they are beyond the length of the pair's shorter response.
 
-    LD-DPO, 2409.06411. α = 1 changes nothing, and α = 0 removes these tokens. The length depends on the pair, so the
-    weights of a response may differ between its pairs.
+    This is LD-DPO (2409.06411). α = 1 changes nothing, and α = 0 removes these tokens. A response that occurs in
+    several pairs may have different weights in each of them, because the shorter length depends on the pair.
 
     Attributes:
         alpha: α in [0, 1].
-        policy_only: leaves the reference's token log-probs unchanged.
+        policy_only: whether to leave the reference's token log-probs unchanged.
     """
 
     alpha: float
@@ -175,7 +185,7 @@ class TokenSums(Modifier):
         tokens = inputs[f"{model}_{response}token_logps"]
         for step in self.steps:
             tokens = step(tokens, model, response, inputs)
-        # Sum in float64, as for the plain sums, because log-ratios are small differences of large numbers.
+        # Sum in float64, like the plain sums, because log-ratios are small differences between large sums.
         wide = tokens.dtype if tokens.device.type == "mps" else torch.float64
         return tokens.sum(-1, dtype=wide).to(tokens.dtype)
 

@@ -1,4 +1,4 @@
-"""Try a loss on synthetic examples when a configuration is made: mistakes raise an error before anything is loaded."""
+"""Try a loss on synthetic examples when the objective is built, so that mistakes raise an error early."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,7 +9,8 @@ from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.term import Inputs, Term
 
-# fp32 losses of an example alone and in a batch may be summed in another order: some roundings of 6e-8.
+# Tolerance for comparing the fp32 loss of an example alone and in a batch. The order of summation may differ, which
+# causes errors of some units of 6e-8.
 _ROUNDING = 1e-4
 
 
@@ -20,13 +21,13 @@ def try_loss(term: Term, evaluate: Callable[[Inputs], LossOutput], names: Iterab
 
     Args:
         term: The loss.
-        evaluate: Function that evaluates it on inputs.
+        evaluate: A function that takes the inputs and returns the output of the loss.
         names: The names of the inputs.
 
     Raises:
-        ValueError: The loss rejects its hyperparameters or is not finite with them; it changes its inputs in place; it
-            has trained parameters of its own; or the loss of one example depends on the other, although the loss is
-            not registered with `needs_global_batch=True`.
+        ValueError: The loss rejects its hyperparameters, or is not finite with them; it changes its inputs in place; it
+            depends on a tensor of its own that requires a gradient; or the loss of one example depends on the other
+            example, although the loss is not registered with `needs_global_batch=True`.
     """
     inputs, name = made_up_examples(names), term.spec.name
     given = ", ".join(f"{key}={value!r}" for key, value in term.hyperparameters.items()) or "none"
@@ -58,7 +59,10 @@ def try_loss(term: Term, evaluate: Callable[[Inputs], LossOutput], names: Iterab
 
 
 def _depends_on_others(losses: Tensor, inputs: Inputs, evaluate: Callable[[Inputs], LossOutput]) -> bool:
-    """Whether the first example has another loss alone; False for a loss that is random."""
+    """Return whether the first example alone has another loss than in the batch.
+
+    Return False for a random loss, which also differs between two evaluations of the batch.
+    """
     alone = evaluate({name: tensor[:1] for name, tensor in inputs.items()}).losses
     is_same = torch.allclose(alone, losses[:1], rtol=_ROUNDING, atol=_ROUNDING)
     return not is_same and torch.equal(evaluate(inputs).losses, losses)

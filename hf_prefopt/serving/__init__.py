@@ -1,4 +1,4 @@
-"""Use of trained models: merging adapters into their base model, and comparing answers with the base model."""
+"""Use trained models: merge adapters into their base model, and compare a model's answers with its base model's."""
 
 from hf_prefopt.serving.merge import merge_adapter
 

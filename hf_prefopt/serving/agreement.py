@@ -1,4 +1,4 @@
-"""Comparison of log-probs: the merged and reloaded model against the base model with its adapter."""
+"""Compare the log-probs of a merged model, loaded from its files, with those of the base model with its adapter."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,11 @@ class Agreement(NamedTuple):
     """The differences in log-probs between the merged model and the trained model (base with adapter).
 
     Attributes:
-        tokens: Number of compared tokens, which are the scored tokens of some rows.
-        difference: Median of |log p(merged) − log p(trained)|, in nats. largest: Maximum, in nats.
-        bound: Largest median that rounding explains, in nats.
-        effect: Median of |log p(trained) − log p(base)|, the effect of the adapter, in nats.
+        tokens: Number of compared tokens.
+        difference: Median of |log p(merged) − log p(trained)| over the tokens, in nats.
+        largest: Maximum of |log p(merged) − log p(trained)| over the tokens, in nats.
+        bound: Largest value of `difference` that rounding can explain, in nats.
+        effect: Median of |log p(trained) − log p(base)| over the tokens, in nats. This is the effect of the adapter.
         dtype: Dtype of the merged model.
     """
 
@@ -37,17 +38,19 @@ class Agreement(NamedTuple):
 def compare(
     merged: TokenLogps, trained: TokenLogps, untrained: TokenLogps, rounding: float, dtype: torch.dtype
 ) -> Agreement:
-    """Compare the scored tokens of the same rows.
+    """Compare the log-probs of three models for the scored tokens of the same rows.
 
-    The median of |log p(merged) − log p(trained)| over the tokens is bounded by 4u times the median of |z| + E|z|.
+    The bound of the median of |log p(merged) − log p(trained)| over the tokens is 4u times the median of |z| + E|z|.
     Here, z is the logit of a token, E|z| the mean of |z| over the predicted distribution, and u the unit roundoff of
     the dtype. The reason is that rounding the weights changes the output of each block by a relative error of about u.
-    Later blocks amplify this error by at most e in total, and the head adds an error of u; e + 1 < 4. The largest
-    difference is not bounded, because rounding can change the selected expert in a mixture of experts if two experts
-    have almost equal scores.
+    Later blocks amplify this error by a factor of at most e = 2.718… in total, and the head adds another error of u.
+    Together, this is (e + 1)u < 4u. The largest difference has no bound: in a mixture of experts, rounding can change
+    the selected expert if two experts have almost equal scores.
 
     Args:
-        rounding: 4u, or the relative error of float32 sums in a different order if that is larger.
+        merged, trained, untrained: Log-probs under the merged model, the base model with its adapter, and the base
+            model without it.
+        rounding: 4u. If summing in float32 in a different order causes a larger relative error, it is that error.
         dtype: Dtype of the merged model.
     """
     off = (merged.logps - trained.logps).abs()

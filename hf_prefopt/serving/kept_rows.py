@@ -1,7 +1,7 @@
-"""Rows that a run saves in its folder, for the comparison of a merged model with the trained model.
+"""Rows that a run saves in its folder, so that a merged model can later be compared with the trained model.
 
-The rows are tokens of evaluation rows. The file name begins with "_", because the Trainer does not push such files to
-the Hub.
+The saved rows contain token ids of evaluation rows, or of training rows if there are no evaluation data. The file name
+begins with "_", because the Trainer does not push such files to the Hub.
 """
 
 import json
@@ -17,14 +17,16 @@ from hf_prefopt.scoring.agreement import made_up_tokens
 FILE = "_kept_rows.json"
 ROWS = 8
 _COLUMNS = ("prompt_ids", "response_ids", "scored_masks")
-_PROMPT, _RESPONSE = 8, 8  # number of tokens in synthetic rows
+_PROMPT, _RESPONSE = 8, 8  # numbers of tokens in the prompt and the response of a synthetic row
 
 
 class KeptRows(NamedTuple):
-    """Prepared rows (`prompt_ids`, `response_ids`, `scored_masks`).
+    """Rows on which a merged model is compared with the trained model.
 
     Attributes:
-        name: Description of the rows in messages. quantized: Quantization of the base model, or None.
+        rows: Prepared rows, with the columns `prompt_ids`, `response_ids` and `scored_masks`.
+        name: Description of the rows in messages, such as "training rows".
+        quantized: Description of the base model's quantization during training. None if it was not quantized.
     """
 
     rows: list[dict[str, Any]]
@@ -36,8 +38,10 @@ def keep_rows(folder: Path, evaluated: Any, trained: Any, quantized: str | None)
     """Save the first rows of the evaluation data or, without evaluation data, of the training data.
 
     Args:
-        evaluated: Prepared dataset, dict of prepared datasets, or None. trained: Prepared dataset, or None.
-        quantized: Quantization of the base model during training, or None.
+        folder: Folder of the run.
+        evaluated: Prepared evaluation dataset, or a dict of such datasets. None if there is no evaluation.
+        trained: Prepared training dataset. None if there is no training.
+        quantized: Description of the base model's quantization during training. None if it is not quantized.
     """
     dataset = next(iter(evaluated.values()), None) if isinstance(evaluated, dict) else evaluated
     name = "held-back rows" if dataset is not None else "training rows"
@@ -50,9 +54,11 @@ def keep_rows(folder: Path, evaluated: Any, trained: Any, quantized: str | None)
 
 
 def read_rows(folder: Path, config: PreTrainedConfig) -> KeptRows:
-    """Load the saved rows from a run's folder or, for a checkpoint, from its parent folder.
+    """Load the rows that a run saved. If there are none, return rows of synthetic tokens.
 
-    Without saved rows, return rows of synthetic tokens.
+    Args:
+        folder: Folder of the run, or of one of its checkpoints. The rows are in the folder of the run.
+        config: Configuration of the model, which defines the valid tokens.
     """
     for path in (folder / FILE, folder.parent / FILE):
         if path.is_file():

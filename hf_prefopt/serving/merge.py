@@ -1,9 +1,11 @@
-"""Merging an adapter into its base model, and checking that the merged model equals the trained model.
+"""Merge an adapter into its base model, and check that the merged model equals the trained model.
 
 Weights are merged in place, one layer at a time, so a merge needs memory for the base model, the adapter, and one layer
-in float32. Each changed weight becomes W + ΔW in float32 and is rounded once to the dtype of the base model.
+in float32. For each weight W that the adapter changes by ΔW, the sum W + ΔW is computed in float32 and rounded once to
+the dtype of the base model.
 
-Merging into quantized weights is not supported, because rounding would remove most of the adapter's effect.
+Merging into quantized weights is not supported, because quantizing the merged weights would remove most of the
+adapter's effect.
 """
 
 import shutil
@@ -34,9 +36,9 @@ class MergedModel(NamedTuple):
     """A merged model.
 
     Attributes:
-        folder: Folder of the model.
-        agreement: Result of the check.
-        notes: Notes for users of the model.
+        folder: Folder of the merged model.
+        agreement: Result of the comparison with the trained model.
+        notes: Notes for users of the model, such as a warning about a quantized base model.
     """
 
     folder: Path
@@ -54,28 +56,30 @@ def merge_adapter(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> MergedModel:
-    """Merge an adapter into its base model, save the result, reload it and compare its log-probs.
+    """Merge an adapter into its base model, save the merged model, and check it.
 
-    The saved model has the class that the base checkpoint names. It has all tensors of the checkpoint, including
-    tensors that the class does not load. The tokenizer or processor, the chat template and the generation config are
-    saved as well. Embeddings and head stay tied only if their merged weights are equal. `hf_prefopt.serving.agreement`
-    defines the tolerance of the comparison.
+    The check loads the saved model and compares its log-probs with those of the base model with its adapter.
+    `hf_prefopt.serving.agreement` defines the tolerance.
+
+    The saved model has the class that the base checkpoint names. It has all tensors of the checkpoint, including those
+    that the class does not load. The tokenizer or processor, the chat template and the generation config are saved as
+    well. If embeddings and head are tied in the base model, they stay tied only if their merged weights are equal.
 
     Args:
         run: Folder or Hub name of an adapter.
         folder: New or empty folder for the merged model.
-        base: Base model. Default: the base model in the adapter's configuration.
-        adapters: Subfolders of `run` with the adapters to merge; their weight changes are added. Default: the adapter
-            in `run`.
+        base: Folder or Hub name of the base model. Default: the base model that the adapter's configuration names.
+        adapters: Names of subfolders of `run`, each with an adapter. Their weight changes are added up. Default: the
+            adapter in `run`.
         dtype: Dtype of the merged model. Default: the dtype of the base checkpoint.
         max_shard_size: Maximum size of a safetensors file.
-        trust_remote_code: Run code from the base model's repository.
-        say: Function that receives a line of text for each step.
+        trust_remote_code: Whether to run code from the base model's repository.
+        say: Function that is called with a line of text for each step.
 
     Raises:
-        ValueError: If there is no adapter, or several and none is selected; if the base model is quantized; if the
-            adapter cannot be merged; if `folder` is not empty or cannot be written; or if the merged model differs from
-            the trained model. In the last case, `folder` is not created.
+        ValueError: If `run` has no adapter, or has several and `adapters` selects none; if the base model is quantized;
+            if the adapter cannot be merged; if `folder` is not empty or cannot be written; or if the merged model
+            differs from the trained model by more than rounding. In the last case, `folder` is not created.
     """
     check_folder("folder", folder)
     folder = Path(folder).expanduser()
@@ -108,7 +112,7 @@ def merge_adapter(
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `folder` on exit, or removed if an error is raised."""
+    """Yield the path of a temporary folder. On exit, it is renamed to `folder`; after an error, it is removed."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         yield partial
@@ -150,7 +154,10 @@ def merged(policy: PeftModel) -> PreTrainedModel:
 
 @contextmanager
 def _in_float32(layer: nn.Module, only: str | None = None) -> Iterator[None]:
-    """Convert a layer's own weights (or only one of them) to float32, and round them back to their dtype on exit."""
+    """Convert a layer's half-precision weights to float32, and round them to their former dtype on exit.
+
+    Weights of submodules are not converted. If `only` is given, only the weight of this name is converted.
+    """
     own = {name: p for name, p in layer.named_parameters(recurse=False) if only in (None, name)}
     dtypes = {name: p.dtype for name, p in own.items() if p.dtype in (torch.bfloat16, torch.float16)}
     for name in dtypes:
@@ -184,7 +191,11 @@ def _adapters_in(run: str) -> list[str]:
 
 
 def _unquantized(base: str | None, adapter: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """Load the unquantized base model; also return the names of checkpoint tensors that its class does not load."""
+    """Load the base model, and return it with the names of the checkpoint tensors that its class does not load.
+
+    Raises:
+        ValueError: If the base model is unknown, is not found, or is quantized.
+    """
     if not base:
         raise ValueError(f"{adapter}/adapter_config.json names no base model: pass it with --base (base=…)")
     try:
@@ -219,21 +230,24 @@ def _without_adapter(policy: PeftModel, kept: KeptRows) -> TokenLogps:
 
 
 def _save(model: PreTrainedModel, folder: Path, left_out: dict[str, Tensor], max_shard_size: str) -> None:
-    """Save the model together with the checkpoint tensors that its class does not load."""
+    """Save the model together with `left_out`, the checkpoint tensors that its class does not load."""
     state = {**model.state_dict(), **left_out} if left_out else None
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
 
 
 def _check(agreement: Agreement) -> None:
-    """Raise `ValueError` if the merged model differs from the trained model by more than rounding."""
+    """Raise `ValueError` if rounding does not explain the difference between the merged and the trained model.
+
+    Also raise it if rounding has removed more than half of the adapter's effect.
+    """
     if not agreement.difference <= agreement.bound:
         raise ValueError(
             f"the merged model differs from the trained model, so it was not saved: {agreement} Merge with --dtype "
             "float32 (dtype=…), which reduces rounding. If that also fails, the merge itself is wrong"
         )
-    # In float32, rounding does not remove the adapter's changes, so only the order of sums may cause a difference.
-    # `bound` is wide for this. A difference above 4u for u = 2⁻²⁴ (bound / 32), and above a 20th of the effect, means
-    # that a layer lacks its change.
+    # In a float32 model, rounding does not remove the adapter's changes, so only a different order of summation can
+    # cause a difference. `bound` allows 128u for this, where u = 2⁻²⁴ is the unit roundoff. A layer probably lacks its
+    # change if the difference is above 4u (bound / 32) and also above a 20th of the adapter's effect.
     allowed = max(agreement.effect / 20, agreement.bound / 32)
     if agreement.dtype == torch.float32 and allowed < agreement.difference <= agreement.effect / 2:
         raise ValueError(f"the merged model lacks a part of the adapter, so it was not saved: {agreement}")

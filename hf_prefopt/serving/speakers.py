@@ -1,4 +1,4 @@
-"""Conversations with a trained model and its base model. Each model sees its own earlier answers."""
+"""Conversations with a trained model and with its base model. Each of them sees only its own earlier answers."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,8 +30,10 @@ class Speaker:
     """The base model or the trained model, with its conversation.
 
     Attributes:
-        name: "base" or "trained". model: Model in evaluation mode.
-        acting: Function that returns the context for generation; for the base of an adapter, it disables the adapter.
+        name: "base" or "trained".
+        model: Model in evaluation mode.
+        acting: Function that returns a context manager, within which answers are generated. If the model has an adapter
+            and this is the base model, the context manager disables the adapter.
         messages: Messages of the conversation so far.
     """
 
@@ -42,7 +44,7 @@ class Speaker:
 
 
 class _Parts(TextStreamer):
-    """A streamer that passes an answer on in parts during generation."""
+    """A streamer that calls the function `show` with each new part of an answer during generation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -53,7 +55,7 @@ class _Parts(TextStreamer):
 
 
 def _missing(folder: Path) -> str:
-    """Say why a folder holds no model; "" if it holds one."""
+    """Return the reason why a folder does not hold a model, or "" if it holds one."""
     if not folder.exists():
         return "there is no such folder, and it is not on the Hub or the Hub cannot be reached"
     has_model = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
@@ -63,10 +65,17 @@ def _missing(folder: Path) -> str:
 def load_speakers(
     run: str, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[list[Speaker], PreTrainedTokenizerBase]:
-    """Load the base model (if it is known), the trained model, and the tokenizer.
+    """Load the trained model, its base model and the tokenizer.
 
-    The base of an adapter is the model with its adapter disabled. The base of a full model is `base`, or the base
-    model in its model card.
+    If `run` is an adapter, both speakers share one model, and the base speaker disables the adapter. If `run` is a full
+    model, the base model is `base` or the one that the model card names. If neither is known, only the trained model is
+    returned.
+
+    Args:
+        run: Folder or Hub name of the trained model or adapter.
+        base: Folder or Hub name of the base model. Default: the one that the adapter or the model card names.
+        dtype: Dtype of the models.
+        trust_remote_code: Whether to run code from the models' repositories.
 
     Raises:
         ValueError: If a model cannot be loaded.
@@ -111,9 +120,10 @@ def answer(
     """Generate the speaker's next answer, and add it to the conversation.
 
     Args:
-        sampling: Arguments of `generate`. seed: Random seed; pass the same seed for all speakers.
-        show: Function that receives the parts of the answer during generation.
-        template: Further arguments of the chat template.
+        sampling: Arguments of `generate`; see `sampling_settings`.
+        seed: Random seed. Pass the same seed for all speakers, so that their answers are comparable.
+        show: Function that is called with each new part of the answer during generation.
+        template: Further arguments of `apply_chat_template`, which it passes to the chat template.
     """
     if tokenizer.chat_template is None:
         inputs = tokenizer("\n".join(message["content"] for message in speaker.messages) + "\n", return_tensors="pt")
@@ -135,7 +145,9 @@ def answer(
 
 
 def sampling_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
-    """Return arguments of `generate` that override the checkpoint's: greedy for a temperature of 0.
+    """Return arguments of `generate`, which override the checkpoint's generation config.
+
+    With a temperature of 0, decoding is greedy.
 
     Raises:
         ValueError: If a value is out of range.

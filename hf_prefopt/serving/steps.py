@@ -1,4 +1,4 @@
-"""Output of a finished run for users of its model: saved rows that check a merge, and commands."""
+"""Output of a finished run for users of its model: rows with which a merge is checked, and commands."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from hf_prefopt.trainer import PreferenceTrainer
 
 
 def keep_rows_of(trainer: PreferenceTrainer) -> None:
-    """Save eight rows in the run's folder, for the check of `hf_prefopt merge`.
+    """Save eight rows in the run's folder.
 
-    The check compares the merged model with the trained model on these rows. The rows are not pushed to the Hub.
+    `hf_prefopt merge` compares the merged model with the trained model on these rows. They are not pushed to the Hub.
     """
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -23,7 +23,10 @@ def keep_rows_of(trainer: PreferenceTrainer) -> None:
 
 
 def serving_steps(trainer: PreferenceTrainer) -> dict[str, str]:
-    """Return the commands that use a run's model, keyed by purpose. A pushed model is served from the Hub."""
+    """Return commands that use a run's model, keyed by their purpose.
+
+    If the model was pushed to the Hub, the command that serves it loads it from there.
+    """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     folder = str(args.output_dir)
     repository = args.hub_model_id if args.push_to_hub and args.hub_model_id else folder

@@ -1,7 +1,7 @@
-"""Log-probs of scored tokens from plain forward passes, one sequence at a time, in float32.
+"""Log-probs of scored tokens from plain forward passes in float32. Each pass has one sequence.
 
-This code is independent of the scoring code used in training, so it can verify that a saved model equals the trained
-model.
+This code does not use the scoring code of the training. It can therefore show that a saved model equals the trained
+model, even if that scoring code has an error.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,9 @@ class TokenLogps(NamedTuple):
     """The log-probs of N scored tokens.
 
     Attributes:
-        logps: `[N]`, log-probs in nats. sizes: `[N]`, |z_token| + Σ_v p_v |z_v| for the logits z.
+        logps: `[N]`. Log-probs in nats.
+        sizes: `[N]`. |z_token| + Σ_v p_v |z_v|, where z are the logits, and p_v is the probability of vocabulary
+            entry v. Rounding errors of log-probs are proportional to it.
     """
 
     logps: Tensor
@@ -31,7 +33,10 @@ class TokenLogps(NamedTuple):
 
 @torch.no_grad()
 def token_logps(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> TokenLogps:
-    """Compute the log-probs of the scored tokens of all responses in prepared rows, in order.
+    """Compute the log-probs of the scored tokens of all responses, in the order of the rows.
+
+    Args:
+        rows: Prepared rows, with the columns `prompt_ids`, `response_ids` and `scored_masks`.
 
     Raises:
         ValueError: If the rows have no scored token.
@@ -40,7 +45,7 @@ def token_logps(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> TokenLog
         try:
             with products_in_float32(model):
                 parts = _of_rows(model, rows)
-        except RuntimeError:  # a module that reads another module's weights, such as Mamba's kernels
+        except RuntimeError:  # some modules read the weights of other modules, such as those that call Mamba's kernels
             with weights_in_float32(model):
                 parts = _of_rows(model, rows)
     logps, sizes = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -58,7 +63,12 @@ def _of_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[tuple[
 
 
 def _of_response(model: nn.Module, ids: list[int], mask: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute log-probs and sizes for one response, whose tokens are at the end of the sequence."""
+    """Compute the log-probs and sizes (see `TokenLogps`) of the scored tokens of one response.
+
+    Args:
+        ids: Token ids of the prompt and the response.
+        mask: 1 for scored tokens of the response, 0 for its other tokens.
+    """
     input_ids = torch.tensor([ids], device=device_of(model))
     outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, return_dict=True)
     places = len(ids) - len(mask) + torch.tensor(mask).nonzero().squeeze(1)
@@ -70,10 +80,10 @@ def _of_response(model: nn.Module, ids: list[int], mask: list[int]) -> tuple[Ten
 
 @contextmanager
 def products_in_float32(model: nn.Module) -> Iterator[None]:
-    """Run modules with half-precision weights in float32. Weights are cast only while their module runs.
+    """Within this context, compute modules with half-precision weights in float32.
 
-    The forward pass then has no rounding error except the rounding of the weights. It needs additional memory for one
-    module in float32.
+    The weights of a module are cast only while it runs, so the forward pass needs additional memory for one module in
+    float32. The weights keep their rounding to half precision, but the computation adds no such rounding.
     """
     handles = []
     for module in model.modules():
@@ -89,7 +99,10 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_in_float32(model: nn.Module) -> Iterator[None]:
-    """Cast all half-precision weights to float32, which needs additional memory of twice their size."""
+    """Within this context, cast all half-precision weights to float32.
+
+    This needs additional memory of twice the size of these weights.
+    """
     narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype in _HALF}
     for parameter in narrow:
         parameter.data = parameter.data.float()
@@ -114,7 +127,10 @@ def _narrow(module: nn.Module, *_: Any) -> None:
 
 
 def _layer(module: nn.Module) -> nn.Module:
-    """Return the base layer of an adapter layer (PEFT reads its dtype before it runs), or the module itself."""
+    """Return the base layer if the module is an adapter layer, otherwise the module itself.
+
+    PEFT's adapter layers read the dtype of their base layer before they call it.
+    """
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

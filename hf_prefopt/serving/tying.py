@@ -1,4 +1,4 @@
-"""Tied embeddings and heads if an adapter changes only one of them."""
+"""Merge adapters into models whose embeddings and head are tied, if the adapter changes only one of the two."""
 
 import torch
 from peft import PeftModel
@@ -7,9 +7,10 @@ from transformers import PreTrainedModel
 
 
 def cut_tie(policy: PeftModel) -> bool:
-    """Copy the head's weight if the head is tied to the embeddings, and return True if it was tied.
+    """If the head shares its weight with the embeddings, give it a copy of the weight. Return True if it was shared.
 
-    An adapter on the embeddings does not affect the head, but merging it in place into a shared weight would.
+    An adapter on the embeddings does not change the head. Merging it in place into a shared weight would change the
+    head.
     """
     embeddings, head = _weighted(policy.get_input_embeddings()), _weighted(policy.get_output_embeddings())
     if embeddings is None or head is None or embeddings.weight is not head.weight:
@@ -19,7 +20,10 @@ def cut_tie(policy: PeftModel) -> bool:
 
 
 def settle_tie(model: PreTrainedModel) -> None:
-    """Tie embeddings and head again if they are equal up to rounding; otherwise set `tie_word_embeddings=False`."""
+    """Tie embeddings and head again if their weights are equal up to rounding.
+
+    Otherwise, set `tie_word_embeddings=False` in the model's configuration.
+    """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     one, other = embeddings.get_parameter("weight"), head.get_parameter("weight")
     if one.shape == other.shape and torch.allclose(one, other, rtol=torch.finfo(other.dtype).eps, atol=0.0):
@@ -31,7 +35,7 @@ def settle_tie(model: PreTrainedModel) -> None:
 
 
 def _weighted(module: nn.Module | None) -> nn.Module | None:
-    """Return the module that holds the base model's weight, without the wrappers of an adapter, or None."""
+    """Return the module that holds the weight of the base model, inside PEFT's wrappers; None if there is no weight."""
     while module is not None and "weight" not in module._parameters:
         inner = getattr(module, "base_layer", None)
         module = inner if inner is not None else getattr(module, "original_module", None)

@@ -1,4 +1,4 @@
-"""Standard tests for losses: the built-in ones, and those that you register.
+"""Standard tests for losses, both for the losses of this package and for losses that you register.
 
 import pytest
 from hf_prefopt.testing import loss_checks

@@ -1,7 +1,7 @@
 """Checks that every loss must pass. A check takes the name of a registered loss, and optionally hyperparameters.
 
-A check calls the loss on synthetic examples of the kind that the loss compares, and raises `AssertionError` if it
-fails. `loss_checks` selects the checks that apply to a loss from its signature.
+A check calls the loss on synthetic examples of the kind that the loss compares, and raises `AssertionError` if the loss
+fails the check. `loss_checks` returns the checks that apply to a loss, depending on its inputs and properties.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from hf_prefopt.losses.registry import LossSpec, get_loss
 from hf_prefopt.objective.build import build_objective
 
 Check = Callable[..., None]
-# The policy log-probs that losses of each kind may read, those of preferred responses first.
+# For each kind of examples, the policy log-probs that its losses may read. Those of preferred responses come first.
 POLICY_LOGPS = {
     PAIRS: ("policy_chosen_logps", "policy_chosen_token_logps", "policy_rejected_logps", "policy_rejected_token_logps"),
     TRIPLES: ("policy_chosen_logps", "policy_gold_logps", "policy_rejected_logps"),
@@ -34,8 +34,8 @@ _CHECKS: list[tuple[Check, Callable[[LossSpec], bool]]] = []
 def loss_checks(name: str) -> list[Check]:
     """Return the checks that apply to a loss. Call each with the loss's name, and optionally with hyperparameters.
 
-    They compare gradients with finite differences and dtypes with each other, and try extreme values, batches cut in
-    two, and responses of one token.
+    Among other things, the checks compare gradients with finite differences and fp32 with float64. They also compare
+    the loss of an example alone and in a batch, and try extreme values and empty responses.
 
     Example:
         ```python
@@ -47,7 +47,7 @@ def loss_checks(name: str) -> list[Check]:
         name: The name of a registered loss.
 
     Returns:
-        Functions `(name, **hyperparameters)`, which raise `AssertionError` if the loss fails.
+        Functions `(name, **hyperparameters)` that raise `AssertionError` if the loss fails the check.
 
     Raises:
         ValueError: If no loss with that name is registered.
@@ -65,26 +65,35 @@ def _check(applies: Callable[[LossSpec], bool] = lambda spec: True) -> Callable[
 
 
 def call(name: str, inputs: Mapping[str, Tensor], **params: Any) -> LossOutput:
-    """Call a loss with the inputs that it takes; pass optional columns by keyword, like hyperparameters."""
+    """Call a loss with those of the `inputs` that it requires.
+
+    Pass its hyperparameters and its inputs from optional columns as keywords.
+    """
     spec = get_loss(name)
     needed = [key for key in spec.inputs if key not in spec.optional_inputs]
     return spec(**{key: inputs[key] for key in needed if key in inputs}, **params)
 
 
 def gradients(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the gradients with respect to the policy's log-probs, concatenated; 0 for those that the loss ignores."""
+    """Return the gradients with respect to the policy's log-probs, concatenated in the order of `POLICY_LOGPS`.
+
+    The gradient is 0 for log-probs that the loss does not use.
+    """
     read = [inputs[key] for key in POLICY_LOGPS[get_loss(name).kind]]
     return torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in read])
 
 
 def with_gradients(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs, with `requires_grad` set on the policy's log-probs."""
+    """Set `requires_grad` for the policy's log-probs among the inputs, and return all inputs."""
     return {key: value.requires_grad_("policy" in key and "logps" in key) for key, value in inputs.items()}
 
 
 @_check()
 def check_gradients(name: str, **params: Any) -> None:
-    """Check gradients with respect to the policy's log-probs in float64 (gradcheck); detached values stay constant."""
+    """Check gradients with respect to the policy's log-probs against finite differences (gradcheck) in float64.
+
+    For the finite differences, values that the loss detaches keep their values at the unchanged inputs.
+    """
     inputs, held = made_up_inputs(), DetachedValues()
     policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
 
@@ -96,14 +105,14 @@ def check_gradients(name: str, **params: Any) -> None:
 
 
 class DetachedValues:
-    """A record of the results of `detach` in a first call, which later calls get again."""
+    """Records what `detach` returns while a loss is called once, and returns the same values in later calls."""
 
     def __init__(self):
         self._values: list[Tensor] | None = None
 
     @contextmanager
     def replayed(self):
-        """Record or replay the results of `detach` within this context, which is not thread-safe."""
+        """Record the results of `detach` in the first context, and replay them in later ones. It is not thread-safe."""
         values, detach, known = [], torch.Tensor.detach, self._values
 
         def replay(tensor: Tensor) -> Tensor:
@@ -119,9 +128,11 @@ class DetachedValues:
 
 @_check(lambda spec: spec.kind is not SCORED)
 def check_preferred_direction(name: str, **params: Any) -> None:
-    """Check that dL/ds ≤ 0 for preferred and ≥ 0 for other responses; in a list, only for the best and the worst one.
+    """Check that dL/ds ≤ 0 for preferred responses and dL/ds ≥ 0 for other responses.
 
-    Skip this check for losses with a finite target, such as squared losses: their gradient changes sign at the target.
+    Here, L is the loss, and s a log-prob of the response under the policy. In a list, only the best and the worst
+    response are checked. Skip this check for losses with a finite target, such as squared losses, because their
+    gradient changes its sign at the target.
     """
     inputs = with_gradients(made_up_inputs(pairs=50))
     call(name, inputs, **params).losses.sum().backward()
@@ -149,7 +160,10 @@ def check_order_of_examples(name: str, **params: Any) -> None:
 
 @_check(lambda spec: not spec.needs_global_batch)
 def check_examples_apart(name: str, **params: Any) -> None:
-    """Check that an example has the same loss alone and in a batch; otherwise, the loss `needs_global_batch`."""
+    """Check that an example has the same loss alone and in a batch.
+
+    Register losses that fail this check with `needs_global_batch=True`.
+    """
     inputs = made_up_inputs()
     alone = [call(name, {k: v[i : i + 1] for k, v in inputs.items()}, **params).losses for i in range(5)]
     torch.testing.assert_close(torch.cat(alone), call(name, inputs, **params).losses, rtol=1e-14, atol=0)
@@ -157,7 +171,7 @@ def check_examples_apart(name: str, **params: Any) -> None:
 
 @_check()
 def check_far_out(name: str, **params: Any) -> None:
-    """Check that sums of −3,000 nats and log-ratios of ±1,000 nats give finite losses and gradients in fp32."""
+    """Check that losses, rewards and gradients in fp32 are finite for sums of −3,000 nats and log-ratios of ±1,000."""
     inputs = made_up_inputs(torch.float32)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     far = {key: value - 3000 if "ref" in key else value for key, value in inputs.items()}
@@ -179,9 +193,9 @@ def check_far_out(name: str, **params: Any) -> None:
 
 @_check()
 def check_fp32(name: str, **params: Any) -> None:
-    """Check fp32 losses at 2,000 tokens and −3,000 nats, where e^s underflows, against float64.
+    """Compare the losses in fp32 and float64 for long responses, of about 2,000 tokens and −3,000 nats.
 
-    The tolerance is the error of rounding s to 1e-4.
+    For such summed log-probs s, e^s underflows. The tolerance allows for the rounding of s in fp32, about 1e-4 nats.
     """
     inputs = made_up_inputs()
     for key in ("chosen_lengths", "rejected_lengths", "gold_lengths", "lengths", "list_lengths"):
@@ -195,7 +209,7 @@ def check_fp32(name: str, **params: Any) -> None:
 
 @_check(lambda spec: bool({"chosen_lengths", "lengths", "list_lengths"} & {*spec.inputs}))
 def check_empty_responses(name: str, **params: Any) -> None:
-    """Check that an empty response (length 0, sum 0) gives finite losses and gradients."""
+    """Check that losses and gradients are finite for empty responses, which have a length and a log-prob of 0."""
     inputs = made_up_inputs()
     empty = {
         key: torch.zeros_like(value) if "lengths" in key or "logps" in key else value for key, value in inputs.items()
@@ -208,7 +222,7 @@ def check_empty_responses(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_padding(name: str, **params: Any) -> None:
-    """Check that padding has no gradient, and that neither its values nor its width change the losses."""
+    """Check the padding of lists: it has no gradient, and neither its values nor its width change the losses."""
     inputs = with_gradients(made_up_inputs())
     losses = call(name, inputs, **params).losses
     losses.sum().backward()
@@ -226,9 +240,10 @@ def check_list_padding(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_order(name: str, **params: Any) -> None:
-    """Check that permuting a list's responses, with ranks and scores, keeps the loss and permutes the rewards.
+    """Check that permuting a list's responses keeps the loss and permutes the rewards.
 
-    The lists include equally good responses, and the check also runs with a policy that equals the reference.
+    Ranks and scores are permuted with the responses. Some lists have equally good responses. The check also runs with a
+    policy that equals the reference.
     """
     inputs = {key: x for key, x in made_up_inputs().items() if "list" in key}
     order = torch.tensor([3, 1, 0, 2])
@@ -242,7 +257,7 @@ def check_list_order(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS and "list_ranks" in spec.inputs)
 def check_list_ties(name: str, **params: Any) -> None:
-    """Check that no response's log-prob is decreased if all responses are equally good."""
+    """Check that training decreases no response's log-prob if all responses are equally good (dL/ds ≤ 0)."""
     inputs = with_gradients({key: x for key, x in made_up_inputs().items() if "list" in key})
     call(name, {**inputs, "list_ranks": torch.ones_like(inputs["list_ranks"])}, **params).losses.sum().backward()
     found = inputs["policy_list_logps"].grad
@@ -251,7 +266,7 @@ def check_list_ties(name: str, **params: Any) -> None:
 
 @_check(lambda spec: any("token" in name for name in spec.inputs))
 def check_token_width(name: str, **params: Any) -> None:
-    """Check that the width of the padding does not change the losses, up to the order of summation."""
+    """Check that the width of the padding of tokens does not change the losses by more than rounding."""
     inputs = made_up_inputs()
     longest = int(max(inputs[f"{side}_lengths"].max() for side in ("chosen", "rejected")))
     for width in (longest, 3 * longest):
@@ -262,7 +277,7 @@ def check_token_width(name: str, **params: Any) -> None:
 
 @_check()
 def check_objective(name: str, **params: Any) -> None:
-    """Check that a configuration with only this loss computes the loss itself."""
+    """Check that an objective that has only this loss returns the same values as the loss itself."""
     inputs = made_up_inputs()
     objective = build_objective([name], loss_params=params)
     objective.update_state(inputs)

@@ -1,9 +1,10 @@
-"""TRL's offline preference trainers under TRL's names: change the import, and keep the script.
+"""TRL's offline preference trainers under TRL's names. To run a script for TRL with this package, change its import:
 
     from hf_prefopt.trl import DPOConfig, DPOTrainer
 
-Field names, defaults, the order of arguments and metric names are those of TRL 1.16; the computation is this package's.
-docs/from_trl.md lists every field and metric, and the cases in which the numbers differ.
+The names and defaults of fields, the order of arguments, and the names of metrics are those of TRL 1.16. The
+computation is that of this package. docs/from_trl.md lists every field and metric, and the cases in which the numbers
+differ.
 """
 
 from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, TPOConfig

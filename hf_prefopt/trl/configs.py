@@ -1,6 +1,6 @@
 """TRL's configurations: `PreferenceConfig` with the fields and defaults of TRL 1.16.
 
-`trl.fields` defines what each field means here, and `trl.losses` what each `loss_type` means.
+`trl.fields` describes the fields that only TRL has, and `trl.losses` translates each `loss_type` to losses here.
 """
 
 import logging
@@ -29,7 +29,7 @@ _SMOOTHING = "ε of the losses that support label smoothing. Values other than 0
 class TRLConfig(PreferenceConfig):
     """The base class of TRL's configurations: `PreferenceConfig` with additional fields and other defaults."""
 
-    # The hyperparameters of losses that are fields in TRL.
+    # The hyperparameters of losses for which TRL's configuration has a field.
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = ()
 
     beta: float = field(default=0.1, metadata=helped(_BETA))
@@ -54,7 +54,11 @@ class TRLConfig(PreferenceConfig):
             logger.warning("%s=%r: %s", name, value, meaning.text)
 
     def check(self) -> None:
-        """Check the settings like `PreferenceConfig.check`, but only warn about hyperparameters that no loss uses."""
+        """Check the settings as `PreferenceConfig.check` does, but only warn about fields that no loss uses.
+
+        Raises:
+            ValueError: `loss_params` is set, which TRL does not have, or `PreferenceConfig.check` raises it.
+        """
         super().check()
         if self.loss_params is not None:
             raise ValueError(
@@ -67,27 +71,27 @@ class TRLConfig(PreferenceConfig):
                 self.refuse_unread(f"{name}={value!r} is not used by loss_type={', '.join(self.loss_type)}")
 
     def used_hyperparameters(self) -> set[str]:
-        """Return the names in `HYPERPARAMETERS` that the losses read."""
+        """Return names of hyperparameters, including those in `HYPERPARAMETERS` that the selected losses use."""
         raise NotImplementedError
 
     def refuse_unread(self, text: str) -> None:
-        """Log a warning; like TRL, accept settings that have no effect."""
+        """Log a warning about a setting that has no effect. Like TRL, accept it."""
         logger.warning("no effect: %s", text)
 
     def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
-        """Build the objective as `PreferenceConfig.build_objective` does, with TRL's names for the metrics."""
+        """Build the objective as `PreferenceConfig.build_objective` does, but log metrics under TRL's names."""
         objective = super().build_objective(kind, columns)
         objective.as_logged = self.as_logged(objective)
         return objective
 
     def as_logged(self, objective: Objective) -> AsLogged:
-        """Return the function that converts an objective's metrics to TRL's conventions."""
+        """Return a function that converts the metrics of this objective to TRL's names and conventions."""
         return renamed
 
 
 @dataclass
 class OneLossConfig(TRLConfig):
-    """A configuration with one `loss_type`, which the table `LOSSES` translates."""
+    """A configuration with a single `loss_type`. The table `LOSSES` translates it to losses of this package."""
 
     LOSSES: ClassVar[Mapping[str, Translation]]
 
@@ -102,7 +106,10 @@ class OneLossConfig(TRLConfig):
 
 
 class _PerToken:
-    """A mixin that logs log-probs per token for losses that average over tokens, as TRL's experimental trainers do."""
+    """A mixin for the configurations of TRL's experimental trainers.
+
+    If the loss averages over tokens, these trainers log the responses' log-probs per token.
+    """
 
     def as_logged(self, objective: Objective) -> AsLogged:
         """See `TRLConfig.as_logged`."""
@@ -139,7 +146,10 @@ class DPOConfig(TRLConfig):
         super().__post_init__()
 
     def losses(self) -> dict[str, Any]:
-        """Return the losses as `PreferenceConfig.losses` does, without TRL's default β if no loss has a β."""
+        """Return the losses as `PreferenceConfig.losses` does.
+
+        If no loss has a β, TRL's default β is left out, because `build_objective` rejects unused hyperparameters.
+        """
         given, specs = super().losses(), [get_loss(name) for name in self.loss_type]
         if self.beta == DPOConfig.beta and not any("beta" in spec.defaults for spec in specs):
             given["shared_params"].pop("beta")
@@ -250,7 +260,10 @@ class TPOConfig(_PerToken, OneLossConfig):
 
 
 def _multiple(value: int | str | None) -> int | None:
-    """Parse `pad_to_multiple_of`. "auto" and "none" mean no padding, as in TRL except on AWS Trainium."""
+    """Parse `pad_to_multiple_of`. The texts "auto", "none" and "null" mean that lengths are not rounded up.
+
+    In TRL, "auto" means the same, except on AWS Trainium.
+    """
     if not isinstance(value, str):
         return value
     return None if value.lower() in ("auto", "none", "null") else int(value)

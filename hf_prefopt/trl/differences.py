@@ -1,8 +1,8 @@
-"""All cases in which losses differ from TRL 1.16 with the same settings; docs/from_trl.md prints this list.
+"""All cases in which a loss here differs from TRL 1.16 with the same settings; docs/from_trl.md prints this list.
 
-The losses are computed with a tiny model on synthetic rows; the log-probs of policy and reference differ by about one
-nat. `tests/parity/test_dropin_faults.py` computes both and compares them with this list. All other losses agree to
-1e-5.
+The losses are computed with a tiny model on synthetic rows. The log-probs of policy and reference differ by about one
+nat. `tests/parity/test_dropin_faults.py` computes the losses of TRL and of this package, and compares both with this
+list. All other losses agree with TRL's to 1e-5.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Difference:
-    """A loss that differs from TRL's.
+    """A case in which a loss here differs from TRL's.
 
     Attributes:
         what: a description of TRL's behavior and of this package's behavior.
-        method: the trainer's name without "Trainer". settings: the settings, with TRL's names.
-        rows: the name of the test rows.
-        theirs, ours: the loss of one batch, or the name of the error.
+        method: the name of the trainer, without "Trainer".
+        settings: the fields of the configuration that are not at their defaults.
+        rows: the name of the synthetic rows in the test.
+        theirs, ours: the loss of one batch in TRL and here, or the name of the error that is raised.
     """
 
     what: str
@@ -28,8 +29,8 @@ class Difference:
     ours: float | str = "ValueError"
 
 
-# Fields with a different default: TRL's default, our default, and the reason. (`loss_type` is always a list here; in
-# TRL, some are strings.)
+# Fields whose default differs from TRL's: the default in TRL, the default here, and the reason. `loss_type` is not
+# listed: here its default is always a list, and in some of TRL's configurations a string.
 OTHER_DEFAULTS: dict[str, tuple[Any, Any, str]] = {
     "train_sampling_strategy": (
         "sequential",

@@ -1,6 +1,6 @@
 """The fields of TRL's configurations that `PreferenceConfig` does not have, and what they do here.
 
-A field is used, has no effect and logs a warning, or raises an error.
+A field has the same effect as in TRL, or it has no effect and logs a warning, or it raises an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,13 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Meaning:
-    """The effect of a field from TRL in this package.
+    """The effect in this package of a field that only TRL has.
 
     Attributes:
-        text: a description of the field, for the help, docs/from_trl.md, warnings and errors.
-        is_idle: returns whether a value has no effect.
-        is_refused: returns whether a value raises an error.
+        text: a description of the field, which is shown in the help, docs/from_trl.md, warnings and errors.
+        is_idle: a function that returns True for values that are meant to have an effect, but have none here. They log
+            a warning.
+        is_refused: a function that returns True for values that raise an error.
     """
 
     text: str
@@ -80,10 +81,13 @@ TRL_FIELDS: Mapping[str, Meaning] = {
 
 
 def trl_field(name: str, default: Any) -> Any:
-    """Return a dataclass field for a field that only TRL has, with its help text."""
+    """Return the dataclass field for a field that only TRL has. `TRL_FIELDS` provides the help text."""
     return field(default=default, metadata={"help": TRL_FIELDS[name].text})
 
 
 def helped(text: str) -> dict[str, str]:
-    """Return the metadata of a field that overrides the default or help text of a field of `PreferenceConfig`."""
+    """Return the metadata of a dataclass field: its help text.
+
+    It is for fields that override the default or the help text of a field of `PreferenceConfig`.
+    """
     return {"help": text}

@@ -1,6 +1,7 @@
 """Translate the `loss_type` of TRL's CPO, ORPO, TPO and KTO configurations to the losses of this package.
 
-TRL's DPO losses have the same names here. The losses of the other trainers translate to a loss and an NLL term.
+The losses of TRL's DPOTrainer need no translation, because they have the same names here. A loss of the other trainers
+translates to one loss here, and for some of them to an additional loss, the NLL of a response.
 """
 
 from collections.abc import Mapping
@@ -13,12 +14,15 @@ class Translation:
     """The translation of one of TRL's losses.
 
     Attributes:
-        loss: the loss of pairs, triples or single responses.
-        params: maps the loss's hyperparameters to TRL's fields; `beta` and `label_smoothing` have the same names.
-        nll: the loss that adds the NLL of a response, if `loss` does not include it.
-        nll_weight: the name of TRL's field for the weight of `nll`; `None` means a weight of 0.
+        loss: the name of the loss here.
+        params: maps the names of the loss's hyperparameters to the names of TRL's fields. `beta` and `label_smoothing`
+            are left out, because they have the same names in both.
+        nll: the name of the loss that adds the NLL of a response. `None` if none is added, for example because `loss`
+            includes the NLL.
+        nll_weight: the name of TRL's field for the weight of `nll`. `None` means a weight of 0.
         reference_free: whether the loss is used without a reference.
-        bent: the loss that replaces `loss` if TRL's field `alpha` is not 0. It has a hyperparameter `alpha`.
+        bent: the name of the loss that replaces `loss` if TRL's field `alpha` is not 0. It gets this value as its
+            hyperparameter `alpha`. `None` if there is no such loss.
     """
 
     loss: str
@@ -35,7 +39,7 @@ CPO = {
     "hinge": Translation("hinge", {}, "sft", "cpo_alpha", reference_free=True),
     "ipo": Translation("ipo", {}, "sft", "cpo_alpha", reference_free=True),
     "simpo": _SIMPO,
-    # TRL sets cpo_alpha=0.0 for alphapo.
+    # There is no NLL, because TRL sets cpo_alpha=0.0 for alphapo.
     "alphapo": Translation("simpo", {"gamma": "simpo_gamma"}, bent="alphapo"),
 }
 TPO = {
@@ -50,13 +54,14 @@ KTO = {name: Translation(name, _KTO_WEIGHTS) for name in ("kto", "apo_zero_unpai
 
 
 def translated(table: Mapping[str, Translation], args: Any) -> dict[str, Any]:
-    """Return the losses of a configuration, as arguments of `objective.build.build_objective`.
+    """Translate the loss of a configuration. Return keyword arguments for `objective.build.build_objective`.
 
     Args:
+        table: the translations of the losses of this trainer, keyed by TRL's `loss_type`.
         args: the configuration, with a single `loss_type`.
 
     Raises:
-        ValueError: TRL does not have the loss, or the loss has no `alpha`.
+        ValueError: TRL's trainer does not have the loss, or `alpha` is set for a loss without `alpha`.
     """
     (name,) = args.loss_type
     if name not in table:

@@ -1,6 +1,7 @@
-"""Metrics with TRL's names and conventions, where they differ from those of this package.
+"""Convert metrics to TRL's names and conventions.
 
-The conversions are functions of the metrics of the examples and the inputs of the losses, for `Objective.as_logged`.
+`Objective.as_logged` is set to one of these conversions. A conversion takes the metrics of the examples and the inputs
+of the losses, and returns the metrics to log.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from hf_prefopt.objective.objective import AsLogged
 Metrics = dict[str, Metric]
 Inputs = Mapping[str, Tensor]
 
-# Maps the components of losses here to TRL's name and a sign.
+# Maps the metric of a loss's component to TRL's name for it, and to 1 or −1, the factor that gives TRL's sign.
 RENAMED: Mapping[str, tuple[str, float]] = {
     "loss/cpo_nll": ("nll_loss", 1.0),
     "loss/sft": ("nll_loss", 1.0),
@@ -26,7 +27,8 @@ RENAMED: Mapping[str, tuple[str, float]] = {
 }
 
 
-# For docs/from_trl.md: a metric, the trainers that log it, and its equivalent under `PreferenceTrainer`.
+# A table for docs/from_trl.md. Each row has metrics under TRL's names, the trainers that log them, and what
+# `PreferenceTrainer` logs for them.
 LOGGED = (
     ("`loss`, `grad_norm`, `learning_rate`", "all", "the same"),
     (
@@ -48,7 +50,7 @@ LOGGED = (
         )
     ),
 )
-# Metrics that this package logs for every loss, and TRL for no loss.
+# Metrics that this package logs for every loss, but TRL does not log at all.
 OURS = (
     "`log_ratios/…` (Δ log p per token, accuracy and margins of log-ratios), `ref_kl`, `logps_per_token/…`, "
     "`lengths/…`, `tokens_per_second`, `positions_saved`, `peak_memory_gib`, `mfu`: see "
@@ -63,20 +65,24 @@ LEFT_OUT = (
 
 
 def renamed(metrics: Metrics, inputs: Inputs) -> Metrics:
-    """Rename the components of losses to TRL's names; all other metrics keep their names."""
+    """Rename the metrics of losses' components to TRL's names. All other metrics keep their names."""
     signs = {name: RENAMED.get(name, (name, 1.0)) for name in metrics}
     return {to: Metric(sign * metrics[name].values, metrics[name].counted) for name, (to, sign) in signs.items()}
 
 
 def renamed_per_token(metrics: Metrics, inputs: Inputs) -> Metrics:
-    """Rename metrics as `renamed` does, and divide the log-probs of responses by their numbers of tokens."""
+    """Rename metrics as `renamed` does, and divide each response's log-prob by its number of scored tokens."""
     lengths = {f"logps/{side}": inputs[f"{side}_lengths"].clamp(min=1) for side in ("chosen", "rejected")}
     averaged = {name: Metric(metrics[name].values / length) for name, length in lengths.items()}
     return renamed(metrics | averaged, inputs)
 
 
 def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
-    """Replace the rewards of every loss by those of TRL's DPOTrainer: β(s − s_ref) from summed log-probs."""
+    """Replace the reward metrics by those of TRL's DPOTrainer, whatever the loss.
+
+    TRL's rewards are β(s − s_ref), where s and s_ref are a response's summed log-probs under policy and reference. If
+    these are not among the inputs, return the metrics unchanged.
+    """
     sides = [(f"policy_{side}_logps", f"ref_{side}_logps") for side in ("chosen", "rejected")]
     if not all(name in inputs for pair in sides for name in pair):
         return metrics
@@ -85,5 +91,5 @@ def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
 
 
 def of_dpo(beta: float) -> AsLogged:
-    """Return the function that converts metrics to the conventions of TRL's DPOTrainer."""
+    """Return a function that converts metrics to the conventions of TRL's DPOTrainer for this β."""
     return partial(rewards_of_sums, beta=beta)

@@ -1,4 +1,4 @@
-"""Generate docs/from_trl.md from the tables of this package: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
+"""Generate docs/from_trl.md from the tables in `hf_prefopt.trl`: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -58,7 +58,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _fields() -> str:
-    """Return the section on fields that TRL's configurations add, or for which they change the default."""
+    """Return the section about fields that TRL's configurations add or whose definition they override."""
     of_trainer, ours = ({f.name for f in fields(c)} for c in (TrainingArguments, PreferenceConfig))
     own = {name for config in (TRLConfig, *CONFIGS) for name in config.__annotations__} & ours - {"unpair"}
     rows = []
@@ -81,7 +81,7 @@ def _fields() -> str:
     )
 
 
-# Fields that TRL and PreferenceConfig share, with the same default.
+# Fields that TRL's configurations and PreferenceConfig have, with the same meaning and default.
 _TRLS = {
     *("dataset_num_proc", "f_alpha_divergence_coef", "f_divergence_type", "ld_alpha", "loss_weights", "max_length"),
     *("model_init_kwargs", "precompute_ref_log_probs", "ref_model_mixup_alpha", "ref_model_sync_steps"),
@@ -90,7 +90,10 @@ _TRLS = {
 
 
 def _where(defaults: dict[str, Any]) -> str:
-    """Return the default of a field. If the configurations differ, name the configurations with each default."""
+    """Return the default of a field as text, given its defaults in TRL's configurations, keyed by configuration.
+
+    If the defaults differ, or if some configurations lack the field, name the configurations for each default.
+    """
     if len(set(map(repr, defaults.values()))) == 1 and len(defaults) == len(CONFIGS):
         return f"`{next(iter(defaults.values()))!r}`"
     by_value: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""TRL's trainers: subclasses of `PreferenceTrainer` that take TRL's configurations, and arguments in TRL's order."""
+"""TRL's trainers: subclasses of `PreferenceTrainer` with TRL's configurations and with TRL's order of arguments."""
 
 import inspect
 import os
@@ -22,10 +22,10 @@ class TRLTrainer(PreferenceTrainer):
 
     Attributes:
         config_class: the class of the trainer's configuration.
-        method: the name of the method, for tags and folders.
-        order: the names of the trainer's arguments, in order.
-        ref_model: the reference model, if it is separate from the policy; otherwise `None`.
-        aux_loss_enabled: whether a mixture of experts' auxiliary loss is computed.
+        method: the name of the method, such as "DPO", which is used in the model's tags and in the default folder.
+        order: the names of the trainer's arguments, in the order of TRL.
+        ref_model: the reference model if it is loaded as a separate module, otherwise `None`.
+        aux_loss_enabled: whether the auxiliary loss of a mixture of experts is part of the loss.
     """
 
     args: TRLConfig
@@ -55,7 +55,13 @@ class TRLTrainer(PreferenceTrainer):
 
     @classmethod
     def _checked(cls, args: Any, model: Any) -> TRLConfig:
-        """Return the configuration. The output folder of the default one is named after the model, as in TRL."""
+        """Return the configuration, after a check of its class.
+
+        If `args` is `None`, return the default configuration. As in TRL, its output folder is named after the model.
+
+        Raises:
+            TypeError: `args` is a configuration of another class, such as TRL's own.
+        """
         if args is None:
             name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
             return cls.config_class(f"{os.path.basename(os.fspath(name))}-{cls.method}")
@@ -68,7 +74,7 @@ class TRLTrainer(PreferenceTrainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference model, if it is separate from the policy."""
+        """The reference model if it is loaded as a separate module, otherwise `None`."""
         reference = self.reference
         return reference.model if isinstance(reference, LiveReference) and reference.is_separate else None
 
@@ -88,36 +94,39 @@ class TRLTrainer(PreferenceTrainer):
         tags: str | list[str] | None = None,
         **metadata: Any,
     ) -> None:
-        """Create the model card as `PreferenceTrainer.create_model_card` does, with TRL's argument names and order."""
+        """Create the model card as `PreferenceTrainer.create_model_card` does. Arguments have TRL's names and order."""
         super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags, **metadata)
 
 
 class DPOTrainer(TRLTrainer):
-    """TRL's `DPOTrainer`. See `PreferenceTrainer` for the arguments, `DPOConfig` for the settings."""
+    """TRL's `DPOTrainer`. See `PreferenceTrainer` for the arguments, and `DPOConfig` for the settings."""
 
     config_class, method, order = DPOConfig, "DPO", (*_STABLE, "peft_config")
 
 
 class KTOTrainer(TRLTrainer):
-    """TRL's `KTOTrainer`. See `PreferenceTrainer` for the arguments, `KTOConfig` for the settings."""
+    """TRL's `KTOTrainer`. See `PreferenceTrainer` for the arguments, and `KTOConfig` for the settings."""
 
     config_class, method, order = KTOConfig, "KTO", (*_STABLE, "peft_config")
 
 
 class CPOTrainer(TRLTrainer):
-    """TRL's `CPOTrainer`, for CPO, SimPO and AlphaPO. See `PreferenceTrainer` for the arguments."""
+    """TRL's `CPOTrainer`, for CPO, SimPO and AlphaPO.
+
+    See `PreferenceTrainer` for the arguments, and `CPOConfig` for the settings.
+    """
 
     config_class, method, order = CPOConfig, "CPO", (*_CONCATENATED, "peft_config", "compute_metrics")
 
 
 class ORPOTrainer(TRLTrainer):
-    """TRL's `ORPOTrainer`. See `PreferenceTrainer` for the arguments, `ORPOConfig` for the settings."""
+    """TRL's `ORPOTrainer`. See `PreferenceTrainer` for the arguments, and `ORPOConfig` for the settings."""
 
     config_class, method, order = ORPOConfig, "ORPO", (*_CONCATENATED, "peft_config", "compute_metrics")
 
 
 class TPOTrainer(TRLTrainer):
-    """TRL's `TPOTrainer`. See `PreferenceTrainer` for the arguments, `TPOConfig` for the settings."""
+    """TRL's `TPOTrainer`. See `PreferenceTrainer` for the arguments, and `TPOConfig` for the settings."""
 
     config_class, method = TPOConfig, "TPO"
     order = ("model", "args", *_DATA, "compute_metrics", "callbacks", "optimizers", "peft_config")
