@@ -10,7 +10,7 @@ from hf_prefopt.data.rows import CanonicalRow
 from hf_prefopt.data.template import TEMPLATE_ERRORS, ChatTemplate
 
 _ALWAYS_READ = ("role", "content")
-# Names of the template arguments that set a date to write instead of today's date.
+# Names of the chat template's arguments that replace today's date in the rendered prompt.
 _DATES = ("date_string", "current_date", "date")
 
 

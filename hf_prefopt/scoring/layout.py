@@ -108,7 +108,7 @@ def settled_layout(
         known: Reason for "padded" that does not depend on the models alone; `None` if there is no such reason.
 
     Raises:
-        ValueError: the requested layout is not exact for one of the models.
+        ValueError: with the requested layout, scores of a model would differ from those of padded sequences.
     """
     for model in models:
         for candidate in _CANDIDATES.values():

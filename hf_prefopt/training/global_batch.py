@@ -43,7 +43,7 @@ class GlobalBatch:
         `None` if all examples of the piece count.
 
         Args:
-            pieces: Pieces of the batch that was drawn last.
+            pieces: Pieces (see `LoaderBatch`) of the most recent batch.
             rows_per_rank: Number of rows that each rank draws for a batch.
         """
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
