@@ -24,7 +24,7 @@ class TokenizedRow:
     Attributes:
         prompt_ids: Token ids of the prompt that all responses share.
         response_ids: K lists of token ids, one list per response.
-        scored_masks: K lists with one entry per response token: 1 if the loss uses the token's log-prob, otherwise 0.
+        scored_masks: K lists with an entry per response token: 1 if its log-prob is used, otherwise 0.
         example_columns: See `CanonicalRow`.
         change: If the prompts in generation and in training differ, two texts: the end of the prompt in generation, and
             the text at the same place in training. Otherwise None.

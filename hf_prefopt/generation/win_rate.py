@@ -124,7 +124,10 @@ class WinRateCallback(TrainerCallback):
         }
 
     def _win(self, prompt: Problem | str, policy: str, reference: str) -> dict[str, Any]:
-        """Return the policy's score w, and whether both orders agree. If the two answers are equal, the result is a tie, and the judge is not called."""
+        """Return the policy's score w, and whether both orders agree.
+
+        If the two answers are equal, the result is a tie, and the judge is not called.
+        """
         if policy == reference:
             return {"win": 0.5, "consistent": True}
         before, after = self._verdict(prompt, policy, reference), 1 - self._verdict(prompt, reference, policy)

@@ -40,7 +40,8 @@ def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
     because the files before them replace the base.
 
     Args:
-        options: Options of the command line, keyed by the name of the setting. The type of an option determines how its value in a file is parsed.
+        options: Options of the command line, keyed by the name of the setting. The type of an option determines
+            how its value in a file is parsed.
 
     Raises:
         ValueError: If a file is missing or is not a mapping, or has an unknown key, a duplicate key or a value of the

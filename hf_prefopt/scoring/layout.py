@@ -108,7 +108,7 @@ def settled_layout(
         known: Reason for "padded" that does not depend on the models alone; `None` if there is no such reason.
 
     Raises:
-        ValueError: with the requested layout, scores of a model would differ from those of padded sequences.
+        ValueError: in the requested layout, the scores of a model differ from those of padded sequences.
     """
     for model in models:
         for candidate in _CANDIDATES.values():
