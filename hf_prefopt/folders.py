@@ -27,7 +27,7 @@ def check_folder(setting: str, folder: str | os.PathLike) -> None:
 
 
 def name_of(folder: str | os.PathLike) -> str:
-    """Return the last part of a folder's absolute path or, for a name on the Hub, the part after the owner."""
+    """Return the name of a folder, also for `.`. For a name on the Hub, return the name without its owner."""
     return Path(os.path.abspath(folder)).name
 
 

@@ -104,7 +104,7 @@ class FiniteRun:
 
     @property
     def is_full(self) -> bool:
-        """True if so many micro-batches are stored that they must be checked now, even if nothing is logged."""
+        """True if the maximum number of micro-batches is stored. They must be checked before more are added."""
         return len(self._seen) >= _KEPT
 
     @property

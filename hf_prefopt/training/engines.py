@@ -209,8 +209,8 @@ def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapp
         wrapped: The module that accelerate returned when it last prepared the model.
 
     Raises:
-        ValueError: the engine is DeepSpeed, and the model was already trained or evaluated. The model then stays in the
-            DeepSpeed engine that was created for it first, which the Trainer has closed.
+        ValueError: the engine is DeepSpeed, and the model was already trained or evaluated. The model then still
+            belongs to its first DeepSpeed engine, and the Trainer has closed this engine.
     """
     engine = accelerator.distributed_type
     if engine == DistributedType.DEEPSPEED and wrapped is not model:

@@ -1,4 +1,4 @@
-"""TRL's offline preference trainers under TRL's names. To run a script for TRL with this package, change its import:
+"""Trainers and configurations with TRL's names. To run a script that uses TRL, change its import:
 
     from hf_prefopt.trl import DPOConfig, DPOTrainer
 

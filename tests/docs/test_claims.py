@@ -78,7 +78,9 @@ def test_files_exist(page):
 
 @each_page
 def test_tests_exist(page):
-    """A test that stands behind its file, in the same cell or sentence; a file without a folder is in the last one."""
+    """Each test that a page names exists in the file that the page names before it. A file name without a folder belongs
+    to the folder of the previous file.
+    """
     for line in page.read_text("utf-8").splitlines():
         file = None
         for code in inline_code(line):
