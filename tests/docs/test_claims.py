@@ -78,8 +78,8 @@ def test_files_exist(page):
 
 @each_page
 def test_tests_exist(page):
-    """Each test that a page names exists in the file that the page names before it. A file name without a folder belongs
-    to the folder of the previous file.
+    """Each test that a page names exists in the file that the page names before it. A file name without a folder
+    belongs to the folder of the previous file.
     """
     for line in page.read_text("utf-8").splitlines():
         file = None
